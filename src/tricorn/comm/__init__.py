@@ -1,0 +1,1 @@
+"""How roles talk: authentication, frames, and groups of workers."""

@@ -1,0 +1,78 @@
+"""Blocking sockets: whole reads and writes, the handshake, and a connection that is refused in time."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from tricorn.comm import auth
+from tricorn.errors import PeerLost
+
+HANDSHAKE_SECONDS = 5.0
+Address = tuple[str, int]
+
+
+def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A listening socket on loopback unless told otherwise."""
+    return socket.create_server((host, port), backlog=128)
+
+
+def connect(
+    address: Address, secret: bytes, claim: dict[str, Any], *, timeout: float = HANDSHAKE_SECONDS
+) -> socket.socket:
+    """Dial and prove the secret. Raises PeerLost if nobody is there, AuthenticationError, ProtocolError."""
+    try:
+        sock = socket.create_connection(address, timeout=timeout)
+    except OSError as error:
+        raise PeerLost(f"nobody answers at {address[0]}:{address[1]}: {error}") from None
+    return _handshake(sock, auth.dial(secret, claim))[0]
+
+
+def accept(
+    listener: socket.socket, secret: bytes, *, timeout: float | None = None
+) -> tuple[socket.socket, dict[str, Any]]:
+    """Take the next caller and its proved claim. Raises as ``connect`` does, for a caller that fails."""
+    listener.settimeout(timeout)
+    try:
+        sock, _ = listener.accept()
+    except OSError as error:
+        raise PeerLost(f"nobody called: {error}") from None
+    sock.settimeout(HANDSHAKE_SECONDS)
+    return _handshake(sock, auth.answer(secret))
+
+
+def _handshake(sock: socket.socket, steps: auth.Steps) -> tuple[socket.socket, Any]:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        wanted = next(steps)
+        while True:
+            if isinstance(wanted, int):
+                wanted = steps.send(receive_exactly(sock, wanted))
+            else:
+                sock.sendall(wanted)
+                wanted = next(steps)
+    except StopIteration as done:
+        sock.settimeout(None)
+        return sock, done.value
+    except OSError as error:
+        sock.close()
+        raise PeerLost(f"the handshake broke off: {error}") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def receive_exactly(sock: socket.socket, count: int) -> bytes:
+    """Read that many bytes; raises PeerLost at the end of the stream."""
+    buffer = bytearray(count)
+    receive_into(sock, memoryview(buffer))
+    return bytes(buffer)
+
+
+def receive_into(sock: socket.socket, view: memoryview) -> None:
+    """Fill the view; raises PeerLost at the end of the stream."""
+    while view:
+        got = sock.recv_into(view)
+        if not got:
+            raise PeerLost("the peer closed the connection")
+        view = view[got:]

@@ -1,0 +1,148 @@
+"""A model's trainable parameters, gradients and optimizer slots, each laid end to end in one flat tensor.
+
+One flat tensor means one fused optimizer call, one copy and one message, however many parameters there are.
+
+Legend: N elements of all trainable parameters together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tricorn.state.shards import CheckpointReader, Piece
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+    from tricorn.optim import Optimizer
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a parameter lies in the flat tensors: elements [start, stop)."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def layout(named: Iterable[tuple[str, Sequence[int]]]) -> tuple[Entry, ...]:
+    """Lay parameters of the given shapes end to end."""
+    entries, start = [], 0
+    for name, shape in named:
+        stop = start + prod(shape)
+        entries.append(Entry(name, tuple(shape), start, stop))
+        start = stop
+    return tuple(entries)
+
+
+def build_model(job: Job) -> nn.Module:
+    """The job's model with the initial weights of its seed, in the job's precision, on the CPU."""
+    torch.manual_seed(job.seed)
+    return job.model().to(_DTYPES[job.precision]).train()
+
+
+def device_of(job: Job) -> torch.device:
+    """The device a worker computes on. ``auto`` takes CUDA where there is any."""
+    if job.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(job.device)
+
+
+class FlatState:
+    """Owns the flat tensors of a module; the module's parameters and gradients become views into them.
+
+    ``weights_N``, ``grads_N`` and each of ``slots`` have N elements, on the module's device; ``step`` is the
+    number of updates in the weights.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
+        module.to(device)
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.module = module
+        self.optimizer = optimizer
+        self.entries = layout((name, p.shape) for name, p in trained)
+        dtype = trained[0][1].dtype if trained else torch.float32
+        size = self.entries[-1].stop if trained else 0
+        self.weights_N = torch.empty(size, dtype=dtype, device=device)
+        self.grads_N = torch.zeros_like(self.weights_N)
+        self.slots = {slot: torch.zeros_like(self.weights_N) for slot in optimizer.slots}
+        self.step = 0
+        for entry, (_, parameter) in zip(self.entries, trained, strict=True):
+            view = self.weights_N[entry.start : entry.stop].view(entry.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self.grads_N[entry.start : entry.stop].view(entry.shape)
+
+    def update(self, *, lr: float) -> None:
+        """Apply the gradient in ``grads_N`` as the next update, and clear it."""
+        self.optimizer.update(self.weights_N, self.grads_N, self.slots, step=self.step + 1, lr=lr)
+        self.step += 1
+        self.grads_N.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All flat tensors that make up the state, by prefix: what a peer needs to hold the same state."""
+        return {"param": self.weights_N} | {f"optim/{slot}": t for slot, t in self.slots.items()}
+
+    def pieces(self, *, rename: dict[str, str] | None = None) -> list[Piece]:
+        """Copies of the whole state, ready to be written while training goes on."""
+        found = flat_pieces(self.tensors(), self.entries)
+        for name, buffer in self.module.named_buffers():
+            found.append(
+                Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
+            )
+        return found
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Take the state from a checkpoint written under any strategy and any number of workers."""
+        for prefix, flat_N in self.tensors().items():
+            for entry in self.entries:
+                flat_N[entry.start : entry.stop] = reader.read(f"{prefix}/{entry.name}", 0, entry.stop - entry.start)
+        for name, buffer in self.module.named_buffers():
+            if f"buffer/{name}" in reader:
+                buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+        self.step = reader.step
+        self.grads_N.zero_()
+
+
+def flat_pieces(
+    flats: dict[str, Tensor], entries: Sequence[Entry], start: int = 0, stop: int | None = None
+) -> list[Piece]:
+    """The pieces of elements [start, stop) of the flat layout, copied to the CPU.
+
+    ``flats`` maps a prefix to a tensor of ``stop - start`` elements.
+    """
+    stop = entries[-1].stop if stop is None and entries else (stop or 0)
+    found = []
+    for prefix, flat in flats.items():
+        copy = flat.detach().to("cpu", copy=True)
+        for entry in entries:
+            low, high = max(entry.start, start), min(entry.stop, stop)
+            if low < high:
+                found.append(
+                    Piece(
+                        f"{prefix}/{entry.name}",
+                        entry.shape,
+                        low - entry.start,
+                        high - entry.start,
+                        copy[low - start : high - start],
+                    )
+                )
+    return found
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Hand inputs to the model as argument, arguments or keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
