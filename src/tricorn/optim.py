@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _Range = tuple[str, float, float]
@@ -112,19 +114,19 @@ class Adam(_Declared, frozen=True, kw_only=True, tag="adam"):
     def update(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], *, step: int, lr: float) -> None:
         import torch
 
-        torch._fused_adam_(*self._operands(param, grad, slots, step), **self._constants(lr))
+        self._apply(torch._fused_adam_, param, grad, slots, step, lr)
 
-    def _operands(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], step: int) -> tuple[list[Tensor], ...]:
+    def _apply(
+        self, kernel: Callable[..., None], param: Tensor, grad: Tensor, slots: dict[str, Tensor], step: int, lr: float
+    ) -> None:
         import torch
 
         steps = torch.tensor(float(step), device=param.device)
-        return [param], [grad], [slots["exp_avg"]], [slots["exp_avg_sq"]], [], [steps]
-
-    def _constants(self, lr: float) -> dict[str, float | bool]:
-        return {
-            "lr": lr, "beta1": self.betas[0], "beta2": self.betas[1], "weight_decay": self.weight_decay,
-            "eps": self.eps, "amsgrad": False, "maximize": False,
-        }  # fmt: skip
+        kernel(
+            [param], [grad], [slots["exp_avg"]], [slots["exp_avg_sq"]], [], [steps],
+            lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=self.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 class AdamW(Adam, frozen=True, kw_only=True, tag="adamw"):
@@ -135,7 +137,7 @@ class AdamW(Adam, frozen=True, kw_only=True, tag="adamw"):
     def update(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], *, step: int, lr: float) -> None:
         import torch
 
-        torch._fused_adamw_(*self._operands(param, grad, slots, step), **self._constants(lr))
+        self._apply(torch._fused_adamw_, param, grad, slots, step, lr)
 
 
 Optimizer = SGD | Adagrad | Adam | AdamW

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    import socket
     from pathlib import Path
 
+    from tricorn.comm.listener import PeerListener
     from tricorn.job import Job
     from tricorn.plan import Plan
     from tricorn.state.shards import Piece
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Address = tuple[str, int]
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Batch:
     """A slice of one global batch. ``samples`` may be 0: an empty slice is legal and still takes part."""
 
     inputs: Any  # tensor, tuple or dict of tensors; None when samples is 0
@@ -37,7 +38,8 @@ class Wishes(NamedTuple):
     stop: int = 0
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Outcome:
     """What all workers agree a step was: sums over the global batch."""
 
     loss_sum: float  # loss times count, summed over the batch
@@ -67,7 +69,7 @@ class Context(NamedTuple):
     rank: int  # among the workers; plan.workers is how many there are
     incarnation: int
     secret: bytes
-    listener: socket.socket  # accepts the connections of peers; its address is what Seat.workers tells others
+    listener: PeerListener  # where peers connect; its address is what Seat.workers tells the others
 
 
 class Trainer(Protocol):
@@ -108,6 +110,19 @@ class Trainer(Protocol):
         """Release sockets and threads."""
 
 
+class LeasedTrainer(Trainer, Protocol):
+    """A trainer whose steps are not agreed: each worker turns whole global batches into updates by itself.
+
+    Its ``share`` is everything and its ``Outcome`` speaks of its own batch.
+    """
+
+    def refresh(self) -> None:
+        """Take the newest weights, as before an evaluation."""
+
+    def idle(self) -> None:
+        """Say that this worker waits for work, so that no bound on staleness waits for it."""
+
+
 class Strategy(Protocol):
     """One of the three families. ``strategies`` lists them all."""
 
@@ -122,4 +137,5 @@ def find(name: str) -> Strategy:
     """The strategy of that name, imported only now: each brings what only it needs."""
     import importlib
 
-    return importlib.import_module(f"tricorn.{name}").strategy
+    strategy: Strategy = importlib.import_module(f"tricorn.{name}").strategy
+    return strategy

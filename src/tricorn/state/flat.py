@@ -47,7 +47,8 @@ def layout(named: Iterable[tuple[str, Sequence[int]]]) -> tuple[Entry, ...]:
 def build_model(job: Job) -> nn.Module:
     """The job's model with the initial weights of its seed, in the job's precision, on the CPU."""
     torch.manual_seed(job.seed)
-    return job.model().to(_DTYPES[job.precision]).train()
+    model: nn.Module = job.model()
+    return model.to(_DTYPES[job.precision]).train()
 
 
 def device_of(job: Job) -> torch.device:
@@ -92,7 +93,7 @@ class FlatState:
         """All flat tensors that make up the state, by prefix: what a peer needs to hold the same state."""
         return {"param": self.weights_N} | {f"optim/{slot}": t for slot, t in self.slots.items()}
 
-    def pieces(self, *, rename: dict[str, str] | None = None) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         """Copies of the whole state, ready to be written while training goes on."""
         found = flat_pieces(self.tensors(), self.entries)
         for name, buffer in self.module.named_buffers():

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,10 @@ from tricorn.errors import CheckpointDamaged
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of the flattened tensor ``key`` whose whole shape is ``shape``; ``data`` is flat, on the CPU."""
+    """Elements [start, stop) of the flattened tensor ``key``, whose whole shape is ``shape``.
+
+    ``data`` is flat and on the CPU.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -61,10 +64,10 @@ class CheckpointReader:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.step = step
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
         self._slices: dict[str, list[tuple[int, int, int]]] = {}
         for index, file in enumerate(self._files):
-            for stored in file.keys():
+            for stored in file.keys():  # noqa: SIM118 - not a dict
                 key, _, start = stored.rpartition("@")
                 length = file.get_slice(stored).get_shape()[0]
                 self._slices.setdefault(key, []).append((int(start), int(start) + length, index))
