@@ -20,7 +20,11 @@ TricornError
 
 from __future__ import annotations
 
+import linecache
+import sysconfig
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class TricornError(Exception):
@@ -114,3 +118,19 @@ class PeerLost(TricornError):
 class Interrupted(TricornError):
     exit_code = 130
     remedy = "Go on with `tricorn train --resume RUN`."
+
+
+_LIBRARIES = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+
+
+def users_line(error: BaseException) -> str:
+    """The last line of the user's own code that led to the error, as ``FILE:LINE in FUNCTION: TEXT``.
+
+    Frames of Tricorn, of installed packages and of Python itself are passed over; empty if there are no others.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if not file.startswith((*_LIBRARIES, "<frozen")):
+            text = linecache.getline(file, line).strip()
+            return f"{file}:{line} in {frame.f_code.co_name}" + (f": {text}" if text else "")
+    return ""

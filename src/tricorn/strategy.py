@@ -80,7 +80,10 @@ class Trainer(Protocol):
     """
 
     part: str | None  # the name of the part of the state that this rank holds, None if it holds none
-    bytes_sent: int  # payload sent to other roles since the start
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload sent to other roles since the start."""
 
     def held(self) -> int | None:
         """The step whose state this worker holds whole, None if none."""

@@ -58,30 +58,52 @@ def device_of(job: Job) -> torch.device:
     return torch.device(job.device)
 
 
-class FlatState:
-    """Owns the flat tensors of a module; the module's parameters and gradients become views into them.
+class FlatParameters:
+    """Owns the flat weights and gradients of a module, whose parameters and gradients become views into them.
 
-    ``weights_N``, ``grads_N`` and each of ``slots`` have N elements, on the module's device; ``step`` is the
-    number of updates in the weights.
+    ``weights_N`` and ``grads_N`` have N elements, on the module's device.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         module.to(device)
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.module = module
-        self.optimizer = optimizer
         self.entries = layout((name, p.shape) for name, p in trained)
         dtype = trained[0][1].dtype if trained else torch.float32
         size = self.entries[-1].stop if trained else 0
         self.weights_N = torch.empty(size, dtype=dtype, device=device)
         self.grads_N = torch.zeros_like(self.weights_N)
-        self.slots = {slot: torch.zeros_like(self.weights_N) for slot in optimizer.slots}
-        self.step = 0
         for entry, (_, parameter) in zip(self.entries, trained, strict=True):
             view = self.weights_N[entry.start : entry.stop].view(entry.shape)
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = self.grads_N[entry.start : entry.stop].view(entry.shape)
+
+    def buffer_pieces(self) -> list[Piece]:
+        """Copies of the module's buffers."""
+        return [
+            Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
+            for name, buffer in self.module.named_buffers()
+        ]
+
+    def load_buffers(self, reader: CheckpointReader) -> None:
+        """Take the module's buffers from a checkpoint; one that it does not hold stays as it is."""
+        for name, buffer in self.module.named_buffers():
+            if f"buffer/{name}" in reader:
+                buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+
+
+class FlatState(FlatParameters):
+    """The whole state of a replica: weights, gradients and optimizer slots.
+
+    Each of ``slots`` has N elements, on the module's device; ``step`` is the number of updates in the weights.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
+        super().__init__(module, device)
+        self.optimizer = optimizer
+        self.slots = {slot: torch.zeros_like(self.weights_N) for slot in optimizer.slots}
+        self.step = 0
 
     def update(self, *, lr: float) -> None:
         """Apply the gradient in ``grads_N`` as the next update, and clear it."""
@@ -95,21 +117,14 @@ class FlatState:
 
     def pieces(self) -> list[Piece]:
         """Copies of the whole state, ready to be written while training goes on."""
-        found = flat_pieces(self.tensors(), self.entries)
-        for name, buffer in self.module.named_buffers():
-            found.append(
-                Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
-            )
-        return found
+        return flat_pieces(self.tensors(), self.entries) + self.buffer_pieces()
 
     def load(self, reader: CheckpointReader) -> None:
         """Take the state from a checkpoint written under any strategy and any number of workers."""
         for prefix, flat_N in self.tensors().items():
             for entry in self.entries:
                 flat_N[entry.start : entry.stop] = reader.read(f"{prefix}/{entry.name}", 0, entry.stop - entry.start)
-        for name, buffer in self.module.named_buffers():
-            if f"buffer/{name}" in reader:
-                buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+        self.load_buffers(reader)
         self.step = reader.step
         self.grads_N.zero_()
 

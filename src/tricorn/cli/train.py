@@ -1,0 +1,83 @@
+"""``tricorn train FILE[:NAME]``: train a job on this machine's processes."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from tricorn.engine.local import LocalEngine
+from tricorn.errors import UsageError
+from tricorn.plan import Plan
+from tricorn.run import execute, find_run, load_run, timing_of
+
+Strategy = StrEnum("Strategy", ["ps", "dp", "mp"])
+Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
+
+
+def train(
+    job: Annotated[
+        str | None, typer.Argument(metavar="FILE[:NAME]", help="The job's file, and its name if not 'job'.")
+    ] = None,
+    strategy: Annotated[
+        Strategy | None, typer.Option(help="ps: parameter server, dp: data parallel, mp: pipeline. [dp]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; with mp, pipeline stages. [2]")] = None,
+    servers: Annotated[int | None, typer.Option(help="Parameter servers, with ps. [1]")] = None,
+    consistency: Annotated[
+        Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. [bsp]")
+    ] = None,
+    staleness: Annotated[int | None, typer.Option(help="With ssp: how many clocks old a value may be. [3]")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="With mp: parts of a batch. [chosen]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. [cores / workers]")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given.")
+    ] = None,
+    checkpoint_every: Annotated[str, typer.Option(help="A time (30s) or a number of steps (100).")] = "30s",
+    heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence after which a role is replaced.")] = 10.0,
+    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object, the last line of output.")
+    ] = False,
+) -> None:
+    """Train a job: the same declared job by any strategy, with the same numbers."""
+    given = {
+        "strategy": strategy and strategy.value, "workers": workers, "servers": servers,
+        "consistency": consistency and consistency.value, "staleness": staleness, "microbatches": microbatches,
+        "threads": threads,
+    }  # fmt: skip
+    changes = {field: value for field, value in given.items() if value is not None}
+    folder = find_run(resume, runs) if resume else None
+    if folder is not None:
+        facts, old = load_run(folder)
+        plan = replanned(old, changes)
+        where = job or facts.file
+        if where is None:
+            raise UsageError(
+                "this run was started from Python, and has no job file",
+                remedy="Name the job's file, or use tricorn.train(job, resume=...).",
+            )
+    elif job is None:
+        raise UsageError("no job is named", remedy="Give the file that declares it: tricorn train FILE.py")
+    else:
+        plan, where = replanned(Plan(strategy="dp"), changes), job
+    file, _, name = where.rpartition(":") if ":" in where else (where, "", "job")
+    timing = timing_of(checkpoint_every, heartbeat_timeout)
+    summary, folder = execute(LocalEngine, (file, name), plan, timing, runs=runs, folder=folder)
+    if json:
+        print(json_text.dumps(summary), flush=True)
+
+
+def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
+    """The plan with changes. Options that only another strategy has fall away with that strategy."""
+    strategy = changes.get("strategy", plan.strategy)
+    if strategy != plan.strategy:
+        plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads)
+    if strategy == "ps" and plan.servers == 0:
+        changes = {"servers": 1, **changes}
+    return msgspec.structs.replace(plan, **changes)

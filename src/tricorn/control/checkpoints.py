@@ -1,0 +1,103 @@
+"""The checkpoints of a run: a folder for each, valid once its manifest is there and every hash agrees.
+
+checkpoints/000000120/worker-0.safetensors ...   written and synced by the roles
+checkpoints/000000120/manifest.json              written last, by the coordinator
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from tricorn.control.messages import File
+
+KEPT = 2
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``step`` updates are in the weights: those of the steps in the intervals ``applied``."""
+
+    step: int
+    applied: list[tuple[int, int]]
+    files: list[File]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"{step:09d}"
+
+
+def publish(root: Path, manifest: Manifest) -> None:
+    """Make the files a checkpoint, durably, and drop all but the newest ``KEPT``. Raises OSError."""
+    folder = folder_of(root, manifest.step)
+    partial = folder / "manifest.json.partial"
+    try:
+        with partial.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / "manifest.json")
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(folder)
+    for old in published(root)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def published(root: Path) -> list[Path]:
+    """The folders with a manifest, newest first; whether they are whole is another question."""
+    return sorted((path.parent for path in root.glob("*/manifest.json")), reverse=True)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a published checkpoint, naming the file; empty when it is whole."""
+    path = folder / "manifest.json"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read: {error}"
+    if folder_of(folder.parent, manifest.step) != folder:
+        return f"{path} speaks of step {manifest.step}"
+    for file in manifest.files:
+        if problem := _file_damage(folder / file.name, file):
+            return problem
+    return ""
+
+
+def _file_damage(path: Path, file: File) -> str:
+    try:
+        if path.stat().st_size != file.bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {file.bytes}"
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+                return f"{path} does not have the content that was written (its SHA-256 differs)"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    return ""
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that ``damage`` found whole."""
+    return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+
+
+def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one."""
+    damages: list[str] = []
+    for folder in published(root):
+        if not (problem := damage(folder)):
+            return folder, damages
+        damages.append(problem)
+    return None, damages
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

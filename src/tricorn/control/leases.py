@@ -1,0 +1,72 @@
+"""Leases: which worker trains on which step of an asynchronous run, and when a step is committed.
+
+A step is lent to one worker, and committed once every server has applied it. A step whose worker died is lent
+again; servers that had applied it drop the repetition (ps/consistency.py), so it still counts once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from tricorn.control.intervals import Intervals
+
+
+class Leases:
+    """Pure bookkeeping of the steps of one membership epoch. Steps are lent in order, never across ``limit``."""
+
+    def __init__(self, committed: Intervals, servers: frozenset[str]) -> None:
+        self.committed = committed
+        self.limit = 0
+        self._servers = servers
+        self._next = 0
+        self._credit: dict[str, int] = {}
+        self._turns: deque[str] = deque()
+        self._lent: dict[int, str] = {}
+        self._applied: dict[int, set[str]] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """How many steps are lent and not yet committed."""
+        return len(self._lent)
+
+    def want(self, worker: str, steps: int) -> None:
+        """The worker can take that many steps more."""
+        if worker not in self._credit:
+            self._credit[worker] = 0
+            self._turns.append(worker)
+        self._credit[worker] += steps
+
+    def grants(self) -> dict[str, list[int]]:
+        """Lend what can be lent now, one step at a time in turn: worker -> steps."""
+        granted: dict[str, list[int]] = {}
+        idle = 0
+        while self._turns and idle < len(self._turns):
+            worker = self._turns[0]
+            self._turns.rotate(-1)
+            if not self._credit[worker]:
+                idle += 1
+                continue
+            self._next = self.committed.first_gap(self._next)
+            if self._next >= self.limit:
+                break
+            idle = 0
+            self._credit[worker] -= 1
+            self._lent[self._next] = worker
+            granted.setdefault(worker, []).append(self._next)
+            self._next += 1
+        return granted
+
+    def applied(self, server: str, steps: list[int]) -> list[int]:
+        """The server has applied these steps; returns those that are committed by it."""
+        done = []
+        for step in steps:
+            if step in self.committed:
+                continue
+            holders = self._applied.setdefault(step, set())
+            holders.add(server)
+            if holders >= self._servers:
+                del self._applied[step]
+                self._lent.pop(step, None)
+                self.committed.add(step)
+                done.append(step)
+        return done

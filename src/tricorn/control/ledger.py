@@ -1,0 +1,171 @@
+"""The durable record of which samples became part of the model, and how often (SQLite in the run's folder).
+
+A row of ``commits`` is one step: the positions [start, stop) of its epoch's permutation, and the membership
+epoch that committed it. A row is never deleted: when the run goes back to a checkpoint, the rows of the lost
+steps are marked with the membership epoch that undid them, and the steps get new rows when they are run again.
+What counts is what is not undone.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+from tricorn.control.intervals import Intervals
+from tricorn.data.order import Permutation, step_range
+from tricorn.errors import UsageError
+
+_TABLES = """
+create table if not exists meta (key text primary key, value text not null);
+create table if not exists commits (
+    id integer primary key, step integer not null, epoch integer not null, start integer not null,
+    stop integer not null, membership integer not null, undone integer);
+create unique index if not exists live on commits (step) where undone is null;
+create table if not exists evaluations (step integer primary key, measured text not null);
+create table if not exists members (at real not null, membership integer not null, event text not null);
+"""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What fixes the samples of every step."""
+
+    seed: int
+    fingerprint: str
+    samples: int
+    batch_size: int
+    epochs: int
+
+
+class Ledger:
+    """One run's ledger. Commits of a step that is committed already change nothing."""
+
+    def __init__(self, path: Path, order: Order | None = None) -> None:
+        """Open the ledger, or create it for ``order``. Raises UsageError if it was made for another order."""
+        if order is None and not path.exists():
+            raise UsageError(f"there is no ledger at {path}", remedy="Name the folder of a run.")
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("pragma journal_mode = wal")
+        self._db.execute("pragma synchronous = normal")
+        self._db.executescript(_TABLES)
+        stored = self._meta("order")
+        if stored is None and order is not None:
+            self._set_meta("order", msgspec.json.encode(order).decode())
+            stored = self._meta("order")
+        self.order = msgspec.json.decode(stored or "", type=Order)
+        if order is not None and (mistake := _difference(self.order, order)):
+            raise UsageError(
+                f"the run was started with another order of samples: {mistake}",
+                remedy="Resume with the same data, seed and batch size, or start a new run.",
+            )
+        if order is not None and order.epochs != self.order.epochs:
+            self._set_meta("order", msgspec.json.encode(order).decode())
+            self.order = order
+
+    def _meta(self, key: str) -> str | None:
+        row = self._db.execute("select value from meta where key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def _set_meta(self, key: str, value: str) -> None:
+        self._db.execute("insert or replace into meta values (?, ?)", (key, value))
+
+    @property
+    def membership(self) -> int:
+        """The newest membership epoch that was ever begun."""
+        return int(self._meta("membership") or 0)
+
+    def begin(self, membership: int, committed: Intervals, event: str, at: float) -> None:
+        """Start a membership epoch whose model holds exactly the steps ``committed``."""
+        with self._transaction():
+            self._set_meta("membership", str(membership))
+            self._db.execute("insert into members values (?, ?, ?)", (at, membership, event))
+            live = self.committed()
+            lost = [step for low, high in live.pairs for step in range(low, high) if step not in committed]
+            self._db.executemany(
+                "update commits set undone = ? where step = ? and undone is null", ((membership, s) for s in lost)
+            )
+            self._db.executemany("delete from evaluations where step > ?", [(len(committed),)] if lost else [])
+            self._insert((s for low, high in committed.pairs for s in live.missing(low, high)), membership)
+
+    def commit(self, steps: Iterable[int], membership: int) -> None:
+        """Record that these steps are in the model."""
+        with self._transaction():
+            self._insert(steps, membership)
+
+    def _insert(self, steps: Iterable[int], membership: int) -> None:
+        order = self.order
+        self._db.executemany(
+            "insert or ignore into commits (step, epoch, start, stop, membership) values (?, ?, ?, ?, ?)",
+            ((step, *step_range(step, order.samples, order.batch_size), membership) for step in steps),
+        )
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        self._db.execute(
+            "insert or replace into evaluations values (?, ?)", (step, msgspec.json.encode(values).decode())
+        )
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Step -> what was measured of the model of that step."""
+        rows = self._db.execute("select step, measured from evaluations order by step")
+        return {step: msgspec.json.decode(measured) for step, measured in rows}
+
+    def committed(self) -> Intervals:
+        """The steps that are in the model."""
+        found = Intervals()
+        for (step,) in self._db.execute("select step from commits where undone is null order by step"):
+            found.add(step)
+        return found
+
+    def times_committed(self, epoch: int) -> np.ndarray:
+        """How often each sample of the epoch is in the model: an int64 array, indexed by sample."""
+        order = self.order
+        per_position = np.zeros(order.samples + 1, dtype=np.int64)
+        query = "select start, stop from commits where epoch = ? and undone is null"
+        for start, stop in self._db.execute(query, (epoch,)):
+            per_position[start] += 1
+            per_position[stop] -= 1
+        counts = np.empty(order.samples, dtype=np.int64)
+        ids = Permutation(order.seed, epoch, order.fingerprint, order.samples).ids(0, order.samples)
+        counts[ids] = np.cumsum(per_position[:-1])
+        return counts
+
+    def exactly_once(self, *, complete: bool = True) -> bool:
+        """Whether every sample of every epoch is in the model once; of a run that is not complete, at most once."""
+        low = 1 if complete else 0
+        extra = self._db.execute(
+            "select count(*) from commits where undone is null and epoch >= ?", (self.order.epochs,)
+        ).fetchone()[0]
+        counts = (self.times_committed(epoch) for epoch in range(self.order.epochs))
+        return not extra and all(bool(((low <= c) & (c <= 1)).all()) for c in counts)
+
+    def restarts(self) -> int:
+        """How many membership epochs followed the first."""
+        return int(self._db.execute("select max(0, count(*) - 1) from members").fetchone()[0])
+
+    def _transaction(self) -> sqlite3.Connection:
+        self._db.execute("begin immediate")
+        return self._db  # as a context manager it commits, or rolls back on an error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _difference(stored: Order, given: Order) -> str:
+    names = ("seed", "fingerprint", "samples", "batch_size")
+    return "; ".join(
+        f"{n} was {getattr(stored, n)} and is now {getattr(given, n)}"
+        for n in names
+        if getattr(stored, n) != getattr(given, n)
+    )

@@ -1,0 +1,284 @@
+"""What roles, launcher and coordinator say to each other: small typed values, never tensors, never pickles.
+
+Every message is a msgpack map with a ``type``; unknown fields and wrong types are refused, and a frame longer
+than ``MAX_FRAME`` is not read.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from tricorn.errors import ProtocolError
+
+MAX_FRAME = 1 << 20
+HEADER = struct.Struct("!I")
+Address = tuple[str, int]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    pass
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A written shard, as a manifest records it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+# From a worker or server.
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """I have stopped and wait for ``epoch`` to begin. ``held``: the steps I could go on from with my part."""
+
+    epoch: int
+    part: str | None
+    held: list[int]
+    address: Address
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    bytes_sent: int
+
+
+class Committed(Message, frozen=True, kw_only=True):
+    """The lead worker of a synchronous run: all steps below ``upto`` are in the model. ``losses``: of the last ones."""
+
+    epoch: int
+    upto: int
+    losses: list[float]
+
+
+class Want(Message, frozen=True, kw_only=True):
+    """A leased worker can take that many steps more."""
+
+    epoch: int
+    steps: int
+
+
+class Applied(Message, frozen=True, kw_only=True):
+    """A server of an asynchronous run has applied these steps."""
+
+    epoch: int
+    steps: list[int]
+
+
+class Trained(Message, frozen=True, kw_only=True):
+    """A leased worker's step: its mean loss."""
+
+    epoch: int
+    step: int
+    loss: float
+
+
+class Evaluated(Message, frozen=True, kw_only=True):
+    """A share of one evaluation: name -> (sum, weight)."""
+
+    epoch: int
+    step: int
+    samples: int
+    sums: dict[str, tuple[float, float]]
+
+
+class Saved(Message, frozen=True, kw_only=True):
+    """My part of the checkpoint of ``step`` is durable."""
+
+    epoch: int
+    step: int
+    files: list[File]
+
+
+class Broken(Message, frozen=True, kw_only=True):
+    """I lost a peer in this membership epoch."""
+
+    epoch: int
+    reason: str
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """The run cannot go on: an error of the user's code or data, or of the machine."""
+
+    kind: str
+    message: str
+    remedy: str
+    where: str
+    trace: str
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """I have nothing left to do; ``stopped`` if because somebody wished to stop."""
+
+    epoch: int
+    stopped: bool
+    bytes_sent: int
+
+
+# To a worker or server.
+
+
+class Regroup(Message, frozen=True, kw_only=True):
+    """Stop what you do and report Ready for this membership epoch."""
+
+    epoch: int
+
+
+class Begin(Message, frozen=True, kw_only=True):
+    """All are ready: go on from ``step``.
+
+    ``source`` is initial, keep, peer (rank ``peer`` has the state) or checkpoint (in the folder ``checkpoint``).
+    ``generation`` numbers the lines of history of an asynchronous run; ``applied`` are the steps its state holds.
+    ``evaluate``: the model of this step has still to be evaluated; ``saved``: the step of the newest checkpoint.
+    """
+
+    epoch: int
+    workers: list[Address]
+    servers: list[Address]
+    step: int
+    source: str
+    peer: int
+    checkpoint: str | None
+    generation: int
+    applied: list[tuple[int, int]]
+    evaluate: bool
+    saved: int
+
+
+class Wish(Message, frozen=True, kw_only=True):
+    """To the lead worker: have all do this after the next step."""
+
+    checkpoint: bool
+    stop: bool
+
+
+class Lease(Message, frozen=True, kw_only=True):
+    """To a leased worker: train on these steps, each once."""
+
+    epoch: int
+    steps: list[int]
+
+
+class Evaluate(Message, frozen=True, kw_only=True):
+    """To a leased worker: judge the evaluation samples [start, stop) with the newest weights."""
+
+    epoch: int
+    step: int
+    start: int
+    stop: int
+
+
+class Save(Message, frozen=True, kw_only=True):
+    """To a role of an asynchronous run that stands still: save your part."""
+
+    epoch: int
+    step: int
+
+
+class Shutdown(Message, frozen=True, kw_only=True):
+    pass
+
+
+# Between launcher and coordinator.
+
+
+class Alive(Message, frozen=True, kw_only=True):
+    """The launcher's first word: which incarnation of which role it runs, and the last of those that are dead."""
+
+    roles: dict[str, int]
+    dead: dict[str, int]
+
+
+class Exited(Message, frozen=True, kw_only=True):
+    role: str
+    incarnation: int
+    reason: str
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Somebody interrupts the run: save and end."""
+
+
+class Start(Message, frozen=True, kw_only=True):
+    role: str
+    incarnation: int
+
+
+class Kill(Message, frozen=True, kw_only=True):
+    role: str
+    incarnation: int
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    step: int
+    loss: float
+    samples_per_second: float
+
+
+class Evaluation(Message, frozen=True, kw_only=True):
+    step: int
+    values: dict[str, float]
+
+
+class Notice(Message, frozen=True, kw_only=True):
+    text: str
+
+
+class Ended(Message, frozen=True, kw_only=True):
+    """The run is over: ``outcome`` is done, stopped or failed, with the error that failed it."""
+
+    outcome: str
+    error: Failed | None
+    summary: dict[str, Any]
+
+
+Report = Ready | Heartbeat | Committed | Want | Applied | Trained | Evaluated | Saved | Broken | Failed | Finished
+Order = Regroup | Begin | Wish | Lease | Evaluate | Save | Shutdown
+FromLauncher = Alive | Exited | Stop
+ToLauncher = Start | Kill | Progress | Evaluation | Notice | Ended
+
+
+def failed(error: Exception, trace: str = "") -> Failed:
+    """An error as a message."""
+    return Failed(
+        kind=type(error).__name__,
+        message=str(error),
+        remedy=getattr(error, "remedy", ""),
+        where=getattr(error, "where", ""),
+        trace=trace,
+    )
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The whole frame: length, then msgpack."""
+    payload = _encoder.encode(message)
+    if len(payload) > MAX_FRAME:
+        raise ProtocolError(f"a {type(message).__name__} of {len(payload)} bytes is over the limit of {MAX_FRAME}")
+    return HEADER.pack(len(payload)) + payload
+
+
+def length(header: bytes | bytearray) -> int:
+    """The length of the payload that follows; raises ProtocolError before anything of it is read."""
+    (count,) = HEADER.unpack(header)
+    if count > MAX_FRAME:
+        raise ProtocolError(f"a frame of {count} bytes is over the limit of {MAX_FRAME}")
+    return int(count)
+
+
+class Decoder:
+    """Reads payloads of the expected union of messages and of nothing else."""
+
+    def __init__(self, expected: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(expected)
+
+    def __call__(self, payload: bytes) -> Any:
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"a message that cannot be read: {error}") from None

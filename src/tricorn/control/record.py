@@ -1,0 +1,125 @@
+"""The run's folder, as the coordinator writes it: ledger, metrics, checkpoints, summary."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tricorn.control import checkpoints
+from tricorn.control.intervals import Intervals
+from tricorn.control.ledger import Ledger, Order
+from tricorn.control.messages import File, Progress
+from tricorn.control.state import Checkpoint
+from tricorn.data.order import step_range, steps_per_epoch
+from tricorn.plan import Plan
+
+PROGRESS_SECONDS = 0.2
+RATE_WINDOW = 5.0  # seconds over which the shown samples a second are averaged
+
+
+class Record:
+    """Writes what happens into the folder of one run. Methods raise OSError when the disk will not take it."""
+
+    def __init__(self, folder: Path, order: Order, plan: Plan) -> None:
+        self.folder = folder
+        self.ledger = Ledger(folder / "ledger.sqlite", order)
+        self._order = order
+        self._plan = plan
+        self._checkpoints = folder / "checkpoints"
+        self._metrics = (folder / "metrics.jsonl").open("ab")
+        self._began: float | None = None
+        self._before = len(self.ledger.committed())
+        self._loss: float | None = None
+        self._shown = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def begin(self, epoch: int, committed: Intervals, event: str) -> None:
+        self.ledger.begin(epoch, committed, event, time.time())
+        if self._began is None:
+            self._began = time.monotonic()
+            self._before = len(committed)
+        self._recent.clear()
+        self._write({"event": event, "step": len(committed), "membership": epoch})
+
+    def progress(self, steps: list[int]) -> Progress | None:
+        """Count committed steps; now and then, what to show of it."""
+        now = time.monotonic()
+        order = self._order
+        samples = sum(
+            stop - start for _, start, stop in (step_range(s, order.samples, order.batch_size) for s in steps)
+        )
+        self._recent.append((now, samples))
+        while now - self._recent[0][0] > RATE_WINDOW:
+            self._recent.popleft()
+        if now - self._shown < PROGRESS_SECONDS or self._loss is None:
+            return None
+        self._shown = now
+        elapsed = now - self._recent[0][0]
+        rate = sum(count for _, count in self._recent) / elapsed if elapsed > 0 else 0.0
+        return Progress(step=max(steps) + 1, loss=self._loss, samples_per_second=rate)
+
+    def trace(self, step: int, loss: float) -> None:
+        self._loss = loss
+        self._write({"step": step, "loss": loss})
+
+    def measured(self, step: int, values: dict[str, float]) -> None:
+        self.ledger.evaluated(step, values)
+        self._write({"step": step, "evaluation": values})
+
+    def publish(self, step: int, files: list[File], applied: list[tuple[int, int]]) -> None:
+        checkpoints.publish(self._checkpoints, checkpoints.Manifest(step=step, applied=applied, files=files))
+
+    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, and what is wrong with each newer one."""
+        folder, damages = checkpoints.newest_whole(self._checkpoints)
+        if folder is None:
+            return None, damages
+        manifest = checkpoints.load_manifest(folder)
+        return Checkpoint(manifest.step, str(folder), manifest.applied), damages
+
+    def finish(self, outcome: str, bytes_sent: int) -> dict[str, Any]:
+        """Write and return the summary."""
+        order = self._order
+        committed = self.ledger.committed()
+        seconds = time.monotonic() - self._began if self._began is not None else 0.0
+        samples = sum(
+            stop - start
+            for low, high in committed.pairs
+            for _, start, stop in (step_range(s, order.samples, order.batch_size) for s in range(low, high))
+        )
+        here = samples * (1 - self._before / len(committed)) if len(committed) else 0.0
+        evaluations = self.ledger.evaluations()
+        summary = {
+            "run": self.folder.name,
+            "outcome": outcome,
+            "strategy": self._plan.strategy,
+            "plan": msgspec.to_builtins(self._plan),
+            "workers": self._plan.workers,
+            "servers": self._plan.servers,
+            "steps": len(committed),
+            "total_steps": order.epochs * steps_per_epoch(order.samples, order.batch_size),
+            "samples": samples,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(here / seconds, 1) if seconds else 0.0,
+            "bytes_sent": bytes_sent,
+            "restarts": self.ledger.restarts(),
+            "exactly_once": self.ledger.exactly_once(complete=outcome == "done"),
+            "loss": self._loss,
+            "metrics": evaluations[max(evaluations)] if evaluations else {},
+        }
+        self.flush()
+        path = self.folder / "summary.json"
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
+        partial.replace(path)
+        return summary
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._metrics.write(msgspec.json.encode({**row, "time": round(time.time(), 3)}) + b"\n")
+
+    def flush(self) -> None:
+        self._metrics.flush()

@@ -1,0 +1,194 @@
+"""The coordinator's process: an asyncio server around the state machine, the ledger and the run's folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tricorn.comm import auth
+from tricorn.control import messages as m
+from tricorn.control.record import Record
+from tricorn.control.state import (
+    BeginEpoch,
+    Checkpoint,
+    Commit,
+    Coordinator,
+    End,
+    Facts,
+    Instruction,
+    Measured,
+    Publish,
+    Send,
+    Tell,
+    Trace,
+)
+from tricorn.errors import AuthenticationError, ProtocolError, StorageError
+
+TICK_SECONDS = 0.1
+MAX_STRANGERS = 64  # connections that have not yet proved the secret
+HANDSHAKE_SECONDS = 5.0
+_CALLERS_FAULT = (AuthenticationError, ProtocolError, OSError, EOFError, TimeoutError)
+
+
+class CoordinatorServer:
+    """Serves one run until it has ended and the launcher has been told.
+
+    A caller that cannot prove the secret, or sends what is malformed or too long, is cut off; nothing else happens.
+    """
+
+    def __init__(self, facts: Facts, record: Record, secret: bytes) -> None:
+        self._record = record
+        self._secret = secret
+        self._state = Coordinator(
+            facts,
+            epoch=record.ledger.membership,
+            committed=record.ledger.committed(),
+            evaluated=set(record.ledger.evaluations()),
+            newest_checkpoint=self._newest_checkpoint,
+        )
+        self._roles: dict[str, asyncio.StreamWriter] = {}
+        self._launcher: asyncio.StreamWriter | None = None
+        self._strangers = 0
+        self._over = asyncio.Event()
+        self._from_role = m.Decoder(m.Report)
+        self._from_launcher = m.Decoder(m.FromLauncher)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Run until the end; returns once the launcher has hung up."""
+        listener.setblocking(False)
+        server = await asyncio.start_server(self._caller, sock=listener, limit=m.MAX_FRAME + m.HEADER.size)
+        ticker = asyncio.create_task(self._tick())
+        await self._over.wait()
+        ticker.cancel()
+        server.close()
+        for writer in [*self._roles.values(), *([self._launcher] if self._launcher else [])]:
+            writer.close()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._do(self._state.tick(time.monotonic()))
+            self._record.flush()
+
+    async def _caller(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(*_CALLERS_FAULT):
+            claim = await self._introduced(reader, writer)
+            if claim.get("role") == "launcher":
+                await self._serve_launcher(reader, writer)
+            else:
+                await self._serve_role(str(claim.get("role")), claim.get("incarnation"), reader, writer)
+
+    async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
+        if self._strangers >= MAX_STRANGERS:
+            raise ProtocolError("too many callers that have not proved the secret")
+        self._strangers += 1
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                return await _handshake(reader, writer, self._secret)
+        finally:
+            self._strangers -= 1
+
+    async def _serve_launcher(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._launcher = writer
+        try:
+            while True:
+                message = self._from_launcher(await _payload(reader))
+                now = time.monotonic()
+                match message:
+                    case m.Alive():
+                        self._do(self._state.launcher(message, now))
+                    case m.Exited():
+                        self._do(self._state.exited(message, now))
+                    case m.Stop():
+                        self._do(self._state.stop(now))
+        finally:
+            self._over.set()  # the launcher has all it wanted, or is dead: then nothing may stay behind
+
+    async def _serve_role(
+        self, role: str, incarnation: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if not isinstance(incarnation, int) or not self._state.admits(role, incarnation):
+            return
+        if (previous := self._roles.get(role)) is not None:
+            previous.close()
+        self._roles[role] = writer
+        self._do(self._state.connected(role, incarnation, time.monotonic()))
+        try:
+            while self._roles.get(role) is writer:
+                message = self._from_role(await _payload(reader))
+                self._do(self._state.report(role, incarnation, message, time.monotonic()))
+        finally:
+            if self._roles.get(role) is writer:
+                del self._roles[role]
+                self._state.disconnected(role, incarnation)
+
+    def _do(self, instructions: Iterable[Instruction]) -> None:
+        try:
+            for instruction in instructions:
+                self._carry_out(instruction)
+        except OSError as error:
+            failure = StorageError(f"the run's folder {self._record.folder} cannot be written: {error}")
+            self._do(self._state.storage_failed(m.failed(failure)))
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        record = self._record
+        match instruction:
+            case Send(role, message):
+                _write(self._roles.get(role), message)
+            case Tell(message):
+                _write(self._launcher, message)
+            case BeginEpoch(epoch, committed, event):
+                record.begin(epoch, committed, event)
+            case Commit(steps, epoch):
+                record.ledger.commit(steps, epoch)
+                if progress := record.progress(steps):
+                    _write(self._launcher, progress)
+            case Trace(step, loss):
+                record.trace(step, loss)
+            case Measured(step, values):
+                record.measured(step, values)
+            case Publish(step, files, applied):
+                record.publish(step, files, applied)
+            case End(outcome, error):
+                summary = record.finish(outcome, self._state.members.bytes_sent())
+                _write(self._launcher, m.Ended(outcome=outcome, error=error, summary=summary))
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        checkpoint, damages = self._record.newest_checkpoint()
+        for damage in damages:
+            _write(self._launcher, m.Notice(text=f"a damaged checkpoint is passed over: {damage}"))
+        return checkpoint
+
+
+async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> dict[str, Any]:
+    steps = auth.answer(secret)
+    wanted = next(steps)
+    try:
+        while True:
+            if isinstance(wanted, int):
+                wanted = steps.send(await reader.readexactly(wanted))
+            else:
+                writer.write(wanted)
+                await writer.drain()
+                wanted = next(steps)
+    except StopIteration as done:
+        claim: dict[str, Any] = done.value
+        return claim
+
+
+async def _payload(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(m.length(await reader.readexactly(m.HEADER.size)))
+
+
+def _write(writer: asyncio.StreamWriter | None, message: m.Message) -> None:
+    if writer is not None and not writer.is_closing():
+        writer.write(m.encode(message))
+
+
+def serve(facts: Facts, record: Record, secret: bytes, listener: socket.socket) -> None:
+    """The body of the coordinator's process."""
+    asyncio.run(CoordinatorServer(facts, record, secret).serve(listener))

@@ -1,0 +1,109 @@
+"""The engine of one machine: roles are forks of a warm process (forkserver.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import IO
+
+from tricorn.control import messages as m
+from tricorn.engine.base import Gone, JobFacts, RoleSpec
+from tricorn.engine.forkserver import End, FromServer, Load, Loaded, Spawn, Spawned, receive
+from tricorn.errors import ClusterError, PlanError, UsageError
+from tricorn.job import Job
+from tricorn.plan import Plan
+
+CLOSE_SECONDS = 2.0
+_USAGE = {kind.__name__: kind for kind in (UsageError, PlanError)}
+
+
+class LocalEngine:
+    """Runs the roles of one job: ``job`` is a Job, or (file, name) of one."""
+
+    def __init__(self, job: Job | tuple[str, str]) -> None:
+        self._job = job
+        self._pickled = _pickled(job) if isinstance(job, Job) else None
+        self._sock, theirs = socket.socketpair()
+        handed = [theirs.fileno(), *([self._pickled.fileno()] if self._pickled else [])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which ends the run in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tricorn.engine.forkserver", str(theirs.fileno())],
+            pass_fds=handed, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=2,
+        )  # fmt: skip
+        theirs.close()
+        self._decode = m.Decoder(FromServer)
+        self._gone: list[Gone] = []
+        self.pids: dict[str, int] = {}
+
+    def load(self, plan: Plan) -> tuple[JobFacts, m.Address]:
+        file, name = self._job if isinstance(self._job, tuple) else (None, "")
+        self._say(Load(file=file, name=name, pickle_fd=self._pickled.fileno() if self._pickled else None, plan=plan))
+        answer = self._next()
+        if self._pickled:
+            self._pickled.close()
+        if isinstance(answer, m.Failed):
+            raise _USAGE.get(answer.kind, UsageError)(answer.message, remedy=answer.remedy, where=answer.where)
+        assert isinstance(answer, Loaded)
+        return answer.job, answer.coordinator
+
+    def start(self, spec: RoleSpec) -> None:
+        self._say(Spawn(spec=spec))
+
+    def kill(self, role: str, incarnation: int) -> None:
+        self._say(End(role=role, incarnation=incarnation))
+
+    def gone(self) -> list[Gone]:
+        while select.select([self._sock], [], [], 0)[0]:
+            message = self._next()
+            if isinstance(message, Spawned):
+                self.pids[message.role] = message.pid
+            elif isinstance(message, m.Exited):
+                self.pids.pop(message.role, None)
+                self._gone.append(Gone(message.role, message.incarnation, message.reason))
+        gone, self._gone = self._gone, []
+        return gone
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()  # at the end of the stream the fork server ends every role, then itself
+        if self._pickled:
+            self._pickled.close()
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # and the kernel ends its forks with it
+            self._process.wait()
+
+    def _say(self, message: m.Message) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by the next read
+            self._sock.sendall(m.encode(message))
+
+    def _next(self) -> object:
+        try:
+            return receive(self._sock, self._decode)
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+            reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            raise ClusterError(
+                f"the process that starts the roles is gone ({reason})",
+                remedy="Look above for what it printed; `tricorn train --resume RUN` goes on from the last checkpoint.",
+            ) from None
+
+
+def _pickled(job: Job) -> IO[bytes]:
+    """The job in an anonymous file that only the fork server inherits."""
+    import cloudpickle
+
+    stream = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the engine
+    cloudpickle.dump(sys.path, stream)
+    cloudpickle.dump(job, stream)
+    stream.seek(0)
+    return stream

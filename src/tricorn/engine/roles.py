@@ -1,0 +1,152 @@
+"""The bodies of the roles: what a process does once it is a coordinator, a server or a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tricorn.control import messages as m
+from tricorn.control.ledger import Order
+from tricorn.control.resume import rank_of
+from tricorn.engine.base import RoleSpec
+from tricorn.errors import TricornError, UserCodeError, users_line
+from tricorn.worker.link import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tricorn.job import Job
+    from tricorn.state.shards import Piece
+    from tricorn.worker.saver import Saver
+
+
+def run_role(spec: RoleSpec, job: Job, listener: socket.socket) -> int:
+    """Be the role until it is over; returns the exit code of its process."""
+    if spec.role == "coordinator":
+        return coordinate(spec, listener)
+    listener.close()
+    if spec.role.startswith("server-"):
+        return serve(spec)
+    return work(spec, job)
+
+
+def coordinate(spec: RoleSpec, listener: socket.socket) -> int:
+    from tricorn.control import server
+    from tricorn.control.record import Record
+
+    job = spec.job
+    order = Order(
+        seed=job.seed, fingerprint=job.fingerprint, samples=job.samples, batch_size=job.batch_size, epochs=job.epochs
+    )
+    server.serve(spec.facts, Record(Path(spec.folder), order, spec.plan), spec.secret, listener)
+    return 0
+
+
+def work(spec: RoleSpec, job: Job) -> int:
+    import torch
+
+    from tricorn import strategy
+    from tricorn.comm.listener import PeerListener
+    from tricorn.worker.batches import Batches
+    from tricorn.worker.leased import LeasedLoop
+    from tricorn.worker.loop import Orders
+    from tricorn.worker.synchronous import SynchronousLoop
+
+    torch.set_num_threads(spec.plan.threads or max(1, (os.cpu_count() or 1) // spec.plan.workers))
+    rank = rank_of(spec.role)
+    listener = PeerListener(spec.secret)
+    orders = Orders()
+    link = _link(spec, orders.handle, orders.bytes_sent)
+    link.open()
+    try:
+        context = strategy.Context(
+            job=job, plan=spec.plan, rank=rank, incarnation=spec.incarnation, secret=spec.secret, listener=listener
+        )
+        trainer = strategy.find(spec.plan.strategy).trainer(context)
+        orders.trainer = trainer
+        kind = SynchronousLoop if spec.plan.synchronous else LeasedLoop
+        loop = kind(
+            job=job, rank=rank, trainer=trainer, batches=Batches(job), link=link, orders=orders,
+            saver=_saver(spec, link), total_steps=spec.facts.total_steps, steps_per_epoch=spec.facts.steps_per_epoch,
+            checkpoint_steps=spec.timing.checkpoint_steps, address=listener.address,
+        )  # fmt: skip
+        loop.run()
+        trainer.close()
+    except Exception as error:
+        return _failed(link, error)
+    finally:
+        listener.close()
+    link.close()
+    return 0
+
+
+def serve(spec: RoleSpec) -> int:
+    import torch
+
+    from tricorn.ps.server import Server
+
+    torch.set_num_threads(1)
+    index = rank_of(spec.role)
+    epoch = 0
+
+    def snapshot(step: int, pieces: list[Piece]) -> None:
+        saver.save(epoch, step, pieces)
+
+    def applied(steps: list[int]) -> None:
+        link.send(m.Applied(epoch=epoch, steps=steps))
+
+    def handle(order: m.Order) -> None:
+        nonlocal epoch
+        match order:
+            case m.Regroup():
+                held = server.regroup()
+                epoch = order.epoch
+                link.send(m.Ready(epoch=epoch, part=f"server{index}", held=held, address=server.address))
+            case m.Begin():
+                server.begin(
+                    epoch=order.epoch, step=order.step, source=order.source, workers=len(order.workers),
+                    checkpoint=Path(order.checkpoint) if order.checkpoint else None,
+                    generation=order.generation, applied=order.applied,
+                )  # fmt: skip
+            case m.Save():
+                server.snapshot(order.step)
+            case m.Shutdown():
+                server.stop()
+
+    server = Server(spec.secret, on_snapshot=snapshot, on_applied=applied)
+    link = _link(spec, handle, lambda: server.bytes_sent)
+    saver = _saver(spec, link)
+    link.open()
+    try:
+        server.serve_forever()
+    except Exception as error:
+        return _failed(link, error)
+    saver.wait()
+    link.close()
+    return 0
+
+
+def _link(spec: RoleSpec, handle: Callable[[m.Order], None], bytes_sent: Callable[[], int]) -> Link:
+    return Link(
+        spec.coordinator, spec.secret, role=spec.role, incarnation=spec.incarnation,
+        beat_seconds=spec.timing.heartbeat_timeout / 5, handle=handle, bytes_sent=bytes_sent,
+    )  # fmt: skip
+
+
+def _saver(spec: RoleSpec, link: Link) -> Saver:
+    from tricorn.worker.saver import Saver
+
+    return Saver(spec.role, Path(spec.folder) / "checkpoints", link.send, lambda error: link.send(m.failed(error)))
+
+
+def _failed(link: Link, error: Exception) -> int:
+    trace = traceback.format_exc()
+    print(trace, flush=True)
+    if not isinstance(error, TricornError):
+        error = UserCodeError(f"{type(error).__name__}: {error}", where=users_line(error)).with_traceback(None)
+    link.send(m.failed(error, trace[-8000:]))
+    link.close()
+    return error.exit_code

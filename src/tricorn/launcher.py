@@ -1,0 +1,159 @@
+"""The launcher: engine, coordinator and progress brought together in the user's own process.
+
+It decides nothing: it starts and ends what the coordinator names, tells it what ended, and replaces the
+coordinator itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tricorn.comm.sockets import connect, receive_exactly
+from tricorn.control import messages as m
+from tricorn.engine.base import Engine, Gone, RoleSpec
+from tricorn.errors import Interrupted, PeerLost, RoleFailed
+from tricorn.report.progress import Progress
+
+STOP_SECONDS = 2.0  # an interrupted run has so long to save and end
+COORDINATOR_SECONDS = 15.0
+COORDINATOR_LIVES = 8  # deaths of the coordinator without progress in between, before the run fails
+
+
+class Launcher:
+    """Runs one run to its end. ``spec(role, incarnation)`` is what a role is started with."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: Callable[[str, int], RoleSpec],
+        display: Progress,
+        *,
+        steps_per_epoch: int,
+        note_pids: Callable[[dict[str, int]], None],
+    ) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._display = display
+        self._steps_per_epoch = steps_per_epoch
+        self._note_pids = note_pids
+        self._decode = m.Decoder(m.ToLauncher)
+        self._alive: dict[str, int] = {}
+        self._dead: dict[str, int] = {}
+        self._coordinator: socket.socket | None = None
+        self._coordinator_deaths = 0
+        self._stop_by: float | None = None
+        self._interrupts = 0
+
+    def run(self) -> m.Ended:
+        """Until the coordinator says how it ended. Raises Interrupted if it cannot save in time after Ctrl-C."""
+        self._start_coordinator()
+        try:
+            while (ended := self._turn()) is None:
+                while self._interrupts:
+                    self._interrupts -= 1
+                    self._interrupted()
+            return ended
+        finally:
+            self._hang_up()
+
+    def interrupt(self) -> None:
+        """Save and end; the second time, end at once. Safe in a signal handler."""
+        self._interrupts += 1
+
+    def _turn(self) -> m.Ended | None:
+        """Wait for news and deal with it."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._engine, selectors.EVENT_READ)
+            if self._coordinator is not None:
+                selector.register(self._coordinator, selectors.EVENT_READ)
+            for key, _ in selector.select(0.1):
+                if key.fileobj is self._engine:
+                    for gone in self._engine.gone():
+                        self._ended(gone)
+                    self._note_pids(self._engine.pids)
+                elif key.fileobj is self._coordinator and (message := self._hear()) is not None:
+                    if isinstance(message, m.Ended):
+                        return message
+                    self._obey(message)
+        if self._stop_by is not None and time.monotonic() > self._stop_by:
+            raise Interrupted("the run was interrupted before it could save; it goes on from its last checkpoint")
+        return None
+
+    def _interrupted(self) -> None:
+        if self._stop_by is not None:
+            raise Interrupted("the run was interrupted twice; it goes on from its last checkpoint")
+        self._stop_by = time.monotonic() + STOP_SECONDS
+        self._display.notice("interrupted: saving, then ending (once more to end at once)")
+        self._tell(m.Stop())
+
+    def _obey(self, message: m.ToLauncher) -> None:
+        match message:
+            case m.Start(role=role, incarnation=incarnation):
+                self._alive[role] = incarnation
+                self._dead.pop(role, None)
+                self._engine.start(self._spec(role, incarnation))
+            case m.Kill(role=role, incarnation=incarnation):
+                self._engine.kill(role, incarnation)
+            case m.Progress():
+                self._coordinator_deaths = 0
+                epoch = (message.step - 1) // self._steps_per_epoch
+                self._display.step(
+                    message.step, epoch=epoch, loss=message.loss, samples_per_second=message.samples_per_second
+                )
+            case m.Evaluation():
+                self._display.evaluated(message.step // self._steps_per_epoch - 1, message.values)
+            case m.Notice():
+                self._display.notice(message.text)
+
+    def _ended(self, gone: Gone) -> None:
+        if gone.role == "coordinator":
+            self._replace_coordinator(gone)
+        elif self._alive.get(gone.role) == gone.incarnation:
+            del self._alive[gone.role]
+            self._dead[gone.role] = gone.incarnation
+            self._tell(m.Exited(role=gone.role, incarnation=gone.incarnation, reason=gone.reason))
+
+    def _replace_coordinator(self, gone: Gone) -> None:
+        self._coordinator_deaths += 1
+        if self._coordinator_deaths > COORDINATOR_LIVES:
+            raise RoleFailed(f"the coordinator ended {self._coordinator_deaths} times in a row; last: {gone.reason}")
+        self._display.notice(f"the coordinator is gone ({gone.reason}); it is replaced")
+        self._start_coordinator()
+
+    def _start_coordinator(self) -> None:
+        self._hang_up()
+        incarnation = self._dead["coordinator"] = self._dead.get("coordinator", 0) + 1
+        spec = self._spec("coordinator", incarnation)
+        self._engine.start(spec)
+        claim = {"channel": "control", "role": "launcher"}
+        with contextlib.suppress(PeerLost):  # it died at once: the engine will say so
+            self._coordinator = connect(spec.coordinator, spec.secret, claim, timeout=COORDINATOR_SECONDS)
+            dead = {role: life for role, life in self._dead.items() if role != "coordinator"}
+            self._tell(m.Alive(roles=self._alive, dead=dead))
+            if self._stop_by is not None:
+                self._tell(m.Stop())
+
+    def _tell(self, message: m.FromLauncher) -> None:
+        # A word lost with a dying coordinator is not missed: the next one is told afresh who is alive.
+        if self._coordinator is not None:
+            with contextlib.suppress(OSError):
+                self._coordinator.sendall(m.encode(message))
+
+    def _hear(self) -> Any:
+        assert self._coordinator is not None
+        try:
+            header = receive_exactly(self._coordinator, m.HEADER.size)
+            return self._decode(receive_exactly(self._coordinator, m.length(header)))
+        except (PeerLost, OSError):
+            self._hang_up()
+            return None
+
+    def _hang_up(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
+            self._coordinator = None

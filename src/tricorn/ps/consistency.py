@@ -1,0 +1,107 @@
+"""Who may do what when, without a socket or a tensor: synchronous steps (BSP) and clocks (SSP, ASP)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from tricorn.errors import ProtocolError
+
+
+class Verdict(Enum):
+    """What becomes of a contribution."""
+
+    TAKE = "take"
+    WAIT = "wait"  # a repetition; its answer is due when the step is complete
+    REPEAT = "repeat"  # a repetition; its answer is known
+
+
+class Bsp:
+    """One server's part in synchronous steps: ``version`` updates are applied, and the next one is collected.
+
+    A step is *complete* here when every slot has contributed, *decided* when it is complete on all servers, which
+    only the workers can know. It is applied by the first pull of the version after it: nobody pulls that before
+    the step is decided, so no server is ever ahead of what another can still reach.
+    """
+
+    def __init__(self, workers: int, version: int) -> None:
+        self.version = version
+        self.complete = False
+        self._workers = workers
+        self._contributed: set[int] = set()
+
+    def judge(self, step: int, slot: int) -> Verdict:
+        """What to do with the contribution of a slot; raises ProtocolError if the step is not the one at hand."""
+        if step == self.version - 1 or (step == self.version and self.complete):
+            return Verdict.REPEAT
+        if step != self.version:
+            raise ProtocolError(f"a contribution to step {step}, but this server collects step {self.version}")
+        return Verdict.WAIT if slot in self._contributed else Verdict.TAKE
+
+    def contribute(self, slot: int) -> bool:
+        """Take the contribution of a slot to the present step; returns whether the step is complete now."""
+        self._contributed.add(slot)
+        self.complete = len(self._contributed) == self._workers
+        return self.complete
+
+    def pull(self, version: int) -> bool:
+        """Whether the pull of that version has to apply the complete step first; raises ProtocolError if neither."""
+        if version == self.version:
+            return False
+        if version != self.version + 1 or not self.complete:
+            raise ProtocolError(f"a pull of version {version}, but this server has version {self.version}")
+        self.version = version
+        self.complete = False
+        self._contributed.clear()
+        return True
+
+    def steps(self) -> list[int]:
+        """The steps that this server could go on from."""
+        return [self.version, self.version + 1] if self.complete else [self.version]
+
+    def begin(self, step: int, workers: int) -> None:
+        """Go on from one of ``steps`` with another set of workers; a sum that does not lead there is dropped."""
+        if step not in self.steps():
+            raise ProtocolError(f"this server holds the steps {self.steps()}, not {step}")
+        self._workers = workers
+        if step == self.version:
+            self.complete = False
+            self._contributed.clear()
+
+
+class Clocks:
+    """How far each worker is, and who has to wait (SSP: Ho et al., NIPS 2013; ``staleness`` None is ASP).
+
+    A worker's clock counts its pushes. It may read while no working peer is more than ``staleness`` clocks behind
+    it. Who waits for work, or has not begun, holds nobody up; whoever begins again takes the clock of the slowest.
+    """
+
+    def __init__(self, staleness: int | None) -> None:
+        self._staleness = staleness
+        self.clocks: dict[int, int] = {}
+        self.working: set[int] = set()
+
+    def wake(self, worker: int) -> None:
+        """The worker begins to work: it wants to read or has pushed."""
+        if worker in self.working:
+            return
+        peers = [self.clocks[peer] for peer in self.working] or list(self.clocks.values())
+        self.clocks[worker] = max(self.clocks.get(worker, 0), min(peers, default=0))
+        self.working.add(worker)
+
+    def push(self, worker: int) -> None:
+        self.wake(worker)
+        self.clocks[worker] += 1
+
+    def may_read(self, worker: int) -> bool:
+        """Whether a worker that is awake may read now."""
+        if self._staleness is None:
+            return True
+        return self.clocks[worker] - min(self.clocks[peer] for peer in self.working) <= self._staleness
+
+    def idle(self, worker: int) -> None:
+        """The worker waits for work."""
+        self.working.discard(worker)
+
+    def leave(self, worker: int) -> None:
+        self.working.discard(worker)
+        self.clocks.pop(worker, None)

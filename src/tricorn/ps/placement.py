@@ -1,0 +1,50 @@
+"""Which server holds what: tables are cut into buckets, and each server takes one contiguous run of them.
+
+All tables (parameters under one name) lie end to end in one flat layout, so a run of buckets is one slice of the
+flat tensors: one message and one fused update, however many tables it crosses.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from tricorn.state.flat import Entry
+
+BUCKET = 65_536  # elements; a quarter of a megabyte of float32 is the most by which a server can be off balance
+
+
+class Bucket(NamedTuple):
+    """The unit of placement: elements [start, stop) of the flat layout, all of one table."""
+
+    table: str
+    start: int
+    stop: int
+
+
+def buckets(entries: Sequence[Entry]) -> list[Bucket]:
+    """Cut every table into buckets of at most ``BUCKET`` elements, in the order of the layout."""
+    return [
+        Bucket(entry.name, start, min(start + BUCKET, entry.stop))
+        for entry in entries
+        for start in range(entry.start, entry.stop, BUCKET)
+    ]
+
+
+def place(entries: Sequence[Entry], servers: int) -> tuple[tuple[int, int], ...]:
+    """The slice [start, stop) of each server, balanced by bytes to within one bucket.
+
+    All elements have one type, so elements stand for bytes. A server gets an empty slice where there are more
+    servers than buckets.
+    """
+    edges = [0, *(bucket.stop for bucket in buckets(entries))]
+    cuts = [_nearest(edges, edges[-1] * server / servers) for server in range(servers + 1)]
+    return tuple(pairwise(cuts))
+
+
+def _nearest(edges: Sequence[int], target: float) -> int:
+    right = min(bisect_left(edges, target), len(edges) - 1)
+    left = max(right - 1, 0)
+    return edges[left] if target - edges[left] <= edges[right] - target else edges[right]

@@ -1,0 +1,218 @@
+"""A worker of parameter server training: gradients go to the servers, weights come back.
+
+Legend: N elements of all trainable parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tricorn.errors import Diverged
+from tricorn.ps.client import Ack, Client
+from tricorn.ps.placement import place
+from tricorn.ps.table import Description
+from tricorn.state.flat import FlatParameters, build_model, device_of
+from tricorn.state.gradient import forward, forward_backward
+from tricorn.state.inspect import batch_statistics
+from tricorn.state.shards import CheckpointReader, Piece
+from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+
+
+class _Worker:
+    """What both kinds have in common: the model, the servers, and taking a seat."""
+
+    part: str | None = None
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._job = context.job
+        self._flat = FlatParameters(build_model(context.job), device_of(context.job))
+        # The wire reads and writes CPU memory; on the CPU these are the flat tensors themselves.
+        self._weights_N: Tensor = self._flat.weights_N.to("cpu")
+        self._grads_N: Tensor = self._flat.grads_N.to("cpu")
+        self._fresh = True  # the model still has its initial weights
+        self._connected: Client | None = None
+        self._sent_before = 0  # by the clients of earlier epochs
+
+    @property
+    def bytes_sent(self) -> int:
+        client = self._connected  # read once: another thread may ask while this one closes
+        return self._sent_before + (client.bytes_sent if client else 0)
+
+    @property
+    def _client(self) -> Client:
+        assert self._connected is not None, "join before anything else"
+        return self._connected
+
+    def held(self) -> int | None:
+        """The weights are the servers' to hold."""
+        return None
+
+    def join(self, seat: Seat) -> None:
+        self.close()
+        context, plan = self._context, self._context.plan
+        if seat.source == "initial" and not self._fresh:
+            self._flat.module.load_state_dict(build_model(self._job).state_dict())
+        elif seat.source == "checkpoint":
+            assert seat.checkpoint is not None
+            self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
+        slices = place(self._flat.entries, len(seat.servers))
+        self._connected = client = Client(
+            seat.servers, slices, context.secret, rank=context.rank, incarnation=context.incarnation, epoch=seat.epoch
+        )
+        client.connect()
+        if context.rank == 0:
+            tables = tuple((entry.name, entry.shape) for entry in self._flat.entries)
+            descriptions = [
+                Description(
+                    tables=tables,
+                    dtype="float64" if self._weights_N.dtype == torch.float64 else "float32",
+                    start=start,
+                    stop=stop,
+                    optimizer=self._job.optimizer,
+                    consistency=plan.consistency,
+                    staleness=plan.staleness,
+                )
+                for start, stop in slices
+            ]
+            client.create(descriptions, lambda: self._weights_N.copy_(self._flat.weights_N))
+        self._fresh = False
+
+    def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
+        if not batch.samples:
+            return
+        model = self._flat.module.eval()
+        try:
+            with torch.no_grad():
+                judge(forward(self._job, model, batch), batch)
+        finally:
+            model.train()
+
+    def interrupt(self) -> None:
+        if client := self._connected:
+            client.interrupt()
+
+    def close(self) -> None:
+        if client := self._connected:
+            self._sent_before += client.bytes_sent
+            self._connected = None
+            client.close()
+
+    def _gradient(self, batch: Batch) -> float:
+        """Fill ``_grads_N`` with the gradient sum of the batch; returns the loss sum."""
+        self._flat.grads_N.zero_()
+        loss_sum = forward_backward(self._job, self._flat.module, batch)
+        self._grads_N.copy_(self._flat.grads_N)
+        return loss_sum
+
+    def _lr(self, step: int) -> float:
+        factor = self._job.schedule(step) if self._job.schedule else 1.0
+        return float(self._job.optimizer.lr * factor)
+
+    def _scale(self, norm: float) -> float:
+        """The factor that bounds a gradient's norm, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
+        clip = self._job.clip_norm
+        return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+
+
+class BspTrainer(_Worker):
+    """Fulfils ``tricorn.strategy.Trainer``: all workers contribute to each step, and it is applied once decided."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.part = "buffers" if batch_statistics(self._flat.module) else None
+        self._step = 0  # the step whose weights, or whose decision, this worker has seen last
+        self._buffers_before: tuple[int, list[Tensor]] = (-1, [])  # a step, and the buffers it began with
+
+    def held(self) -> int | None:
+        """The step of the statistics that only this worker has, if the model keeps any."""
+        return self._step if self.part and not self._fresh else None
+
+    def join(self, seat: Seat) -> None:
+        super().join(seat)
+        step, buffers = self._buffers_before
+        if seat.source == "keep" and seat.step == step:
+            for buffer, before in zip(self._flat.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        # A step that is decided but not applied everywhere is applied by this pull.
+        ack = self._client.status(seat.step - 1)
+        self._pull(seat.step, ack)
+
+    def share(self, samples: int) -> tuple[int, int]:
+        rank, workers = self._context.rank, self._context.plan.workers
+        return samples * rank // workers, samples * (rank + 1) // workers
+
+    def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
+        self._buffers_before = (step, [buffer.clone() for buffer in self._flat.module.buffers()])
+        loss_sum = self._gradient(batch)
+        ack = self._client.push_sum(step, (loss_sum, batch.count, batch.samples, *wishes), self._grads_N)
+        self._pull(step + 1, ack)
+        loss_sum, count, seen, checkpoint, stop = ack.status
+        return Outcome(loss_sum, int(count), int(seen), Wishes(int(checkpoint), int(stop)))
+
+    def pieces(self) -> Sequence[Piece]:
+        """Rank 0 has the servers save the weights of this step, and adds the buffers, which they do not have."""
+        if self._context.rank != 0:
+            return []
+        self._client.snapshot(self._step)
+        return self._flat.buffer_pieces()
+
+    def _pull(self, version: int, ack: Ack | None) -> None:
+        """Take the weights of that version; ``ack`` is what the step before it came to, if that is known."""
+        scale, lr = 1.0, 0.0
+        if ack:
+            _check_finite(version - 1, ack.status[0], ack.status[1])
+            scale, lr = self._scale(math.sqrt(ack.squared_norm)), self._lr(version - 1)
+        self._step = version
+        self._client.pull_version(version, self._weights_N, scale=scale, lr=lr)
+        self._flat.weights_N.copy_(self._weights_N)
+
+
+class AsyncTrainer(_Worker):
+    """Fulfils ``tricorn.strategy.LeasedTrainer``: each worker turns whole batches into updates by itself."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._versions: list[int] = []  # by server, of the weights this worker has
+
+    def join(self, seat: Seat) -> None:
+        super().join(seat)
+        self.refresh()
+
+    def share(self, samples: int) -> tuple[int, int]:
+        return 0, samples
+
+    def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
+        self._pull()
+        loss_sum = self._gradient(batch)
+        _check_finite(step, loss_sum, batch.count)
+        self._grads_N.div_(max(batch.count, 1))
+        scale = self._scale(torch.linalg.vector_norm(self._grads_N, dtype=torch.float64).item())
+        if scale != 1.0:
+            self._grads_N.mul_(scale)
+        self._client.push(step, self._versions, self._grads_N, lr=self._lr(step))
+        return Outcome(loss_sum, batch.count, batch.samples, wishes)
+
+    def refresh(self) -> None:
+        self._pull(peek=True)
+
+    def idle(self) -> None:
+        self._client.idle()
+
+    def pieces(self) -> Sequence[Piece]:
+        """The servers save the state, when the coordinator has let all work come to rest."""
+        return self._flat.buffer_pieces() if self._context.rank == 0 else []
+
+    def _pull(self, *, peek: bool = False) -> None:
+        self._versions = self._client.pull(self._weights_N, peek=peek)
+        self._flat.weights_N.copy_(self._weights_N)
+
+
+def _check_finite(step: int, loss_sum: float, count: float) -> None:
+    if not math.isfinite(loss_sum):
+        raise Diverged(f"the loss of step {step} is {loss_sum / max(count, 1)}")

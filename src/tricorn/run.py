@@ -1,0 +1,254 @@
+"""One run: a job, a plan and a folder, from the first process to the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tricorn import errors
+from tricorn.comm.auth import new_secret
+from tricorn.control.state import Facts
+from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
+from tricorn.engine.local import LocalEngine
+from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
+from tricorn.job import Job
+from tricorn.launcher import Launcher
+from tricorn.plan import Consistency, Plan, StrategyName
+from tricorn.report.progress import Progress, progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. ``summary`` is what ``summary.json`` says; ``folder`` is the run's."""
+
+    job: Job
+    folder: Path
+    summary: dict[str, Any]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained model, on the CPU, ready to evaluate. Raises CheckpointDamaged if it cannot be read."""
+        from tricorn.state.trained import trained_model
+
+        return trained_model(self.job, self.folder)
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry a step with its loss, one an evaluation with its values, in the order in which they happened."""
+        lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
+        return [msgspec.json.decode(line) for line in lines]
+
+
+def train(
+    job: Job,
+    *,
+    strategy: StrategyName = "dp",
+    workers: int = 2,
+    servers: int | None = None,
+    consistency: Consistency = "bsp",
+    staleness: int = 3,
+    microbatches: int | None = None,
+    threads: int | None = None,
+    plan: Plan | None = None,
+    resume: str | Path | None = None,
+    runs: str | Path = "runs",
+    checkpoint_every: str | int = "30s",
+    heartbeat_timeout: float = 10.0,
+) -> Result:
+    """Train the job on this machine's processes and return the trained model and its history.
+
+    The options are those of ``tricorn train`` (see ``Plan``); a whole ``plan`` may be given instead. ``resume``
+    names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``.
+
+    Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
+    Ctrl-C, when the run can be resumed.
+    """
+    if plan is None:
+        plan = Plan(
+            strategy=strategy, workers=workers, servers=(1 if strategy == "ps" else 0) if servers is None else servers,
+            consistency=consistency, staleness=staleness, microbatches=microbatches, threads=threads,
+        )  # fmt: skip
+    folder = find_run(resume, Path(runs)) if resume is not None else None
+    timing = timing_of(checkpoint_every, heartbeat_timeout)
+    summary, folder = execute(LocalEngine, job, plan, timing, runs=Path(runs), folder=folder)
+    return Result(job, folder, summary)
+
+
+def execute(
+    engine_type: type[LocalEngine],
+    job: Job | tuple[str, str],
+    plan: Plan,
+    timing: Timing,
+    *,
+    runs: Path,
+    folder: Path | None,
+) -> tuple[dict[str, Any], Path]:
+    """Run a job, given as itself or as (file, name), in a new folder or going on in that of an earlier run."""
+    if mistakes := plan.mistakes():
+        raise PlanError("the plan has mistakes:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+    display = progress()
+    launcher: Launcher | None = None
+
+    def interrupted(signum: int, frame: FrameType | None) -> None:
+        if launcher is None:
+            raise KeyboardInterrupt
+        launcher.interrupt()
+
+    with _signals(interrupted):
+        engine = engine_type(job)
+        try:
+            facts, coordinator = engine.load(plan)
+            folder = _prepare(folder or _new_folder(runs, facts, plan), facts, plan)
+            launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
+            ended = launcher.run()
+        except KeyboardInterrupt:
+            raise Interrupted("the run was interrupted before it began", remedy="") from None
+        finally:
+            display.close()
+            engine.close()
+    if ended.outcome == "failed":
+        raise _error(ended.error, folder)
+    if ended.outcome == "stopped":
+        raise Interrupted(
+            f"the run was interrupted at step {ended.summary['steps']} and is saved",
+            remedy=f"Go on with `tricorn train --resume {folder}`.",
+        )
+    display.finished(ended.summary)
+    return ended.summary, folder
+
+
+def _launcher(
+    engine: Engine,
+    coordinator: tuple[str, int],
+    job: JobFacts,
+    plan: Plan,
+    timing: Timing,
+    folder: Path,
+    display: Progress,
+) -> Launcher:
+    from tricorn.data.order import steps_per_epoch
+
+    steps = steps_per_epoch(job.samples, job.batch_size)
+    facts = Facts(
+        workers=plan.workers, servers=plan.servers, synchronous=plan.synchronous, samples=job.samples,
+        batch_size=job.batch_size, steps_per_epoch=steps, total_steps=steps * job.epochs,
+        evaluation_samples=job.evaluation_samples, checkpoint_seconds=timing.checkpoint_seconds,
+        checkpoint_steps=timing.checkpoint_steps, heartbeat_timeout=timing.heartbeat_timeout,
+    )  # fmt: skip
+    secret = new_secret()
+
+    def spec(role: str, incarnation: int) -> RoleSpec:
+        return RoleSpec(
+            role=role, incarnation=incarnation, coordinator=coordinator, secret=secret, folder=str(folder.resolve()),
+            plan=plan, job=job, facts=facts, timing=timing,
+        )  # fmt: skip
+
+    def note_pids(pids: dict[str, int]) -> None:
+        _write_json(folder / "roles.json", pids)
+
+    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
+    return Launcher(engine, spec, display, steps_per_epoch=steps, note_pids=note_pids)
+
+
+def find_run(name: str | Path, runs: Path) -> Path:
+    """The folder of a run, given by its path or its name."""
+    for folder in (Path(name), runs / name):
+        if (folder / "job.json").is_file():
+            return folder.resolve()
+    raise UsageError(f"there is no run {name}", remedy=f"Name a run's folder, such as {runs / 'latest'}.")
+
+
+def load_run(folder: Path) -> tuple[JobFacts, Plan]:
+    """The job and the plan with which a run was last started."""
+    try:
+        job = msgspec.json.decode((folder / "job.json").read_bytes(), type=JobFacts)
+        plan = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"the run {folder} cannot be resumed: {error}", remedy="Start a new run.") from None
+    return job, plan
+
+
+def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:
+    """Read ``100``, ``100 steps`` or ``30s``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|steps?|)\s*", str(checkpoint_every))
+    if not match or float(match[1]) <= 0:
+        raise UsageError(
+            f"checkpoint_every is {checkpoint_every!r}",
+            remedy="Give a number of steps, such as 100, or a time, such as 30s.",
+        )
+    if match[2] == "s":
+        return Timing(checkpoint_seconds=float(match[1]), heartbeat_timeout=heartbeat_timeout)
+    return Timing(checkpoint_steps=max(1, int(float(match[1]))), heartbeat_timeout=heartbeat_timeout)
+
+
+def _new_folder(runs: Path, job: JobFacts, plan: Plan) -> Path:
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_-]+', '', job.name) or 'job'}-{plan.strategy}"
+    runs.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise UsageError(f"{runs} has a thousand runs of this second", remedy="Choose another folder with --runs.")
+
+
+def _prepare(folder: Path, job: JobFacts, plan: Plan) -> Path:
+    (folder / "logs").mkdir(exist_ok=True)
+    _write_json(folder / "job.json", job)
+    _write_json(folder / "plan.json", plan)
+    latest = folder.parent / "latest"
+    fresh = folder.parent / f".latest-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    fresh.replace(latest)
+    return folder
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+    partial.replace(path)
+
+
+def _error(failed: Any, folder: Path) -> TricornError:
+    """The error that a role told of, as itself."""
+    kind = getattr(errors, failed.kind, errors.ClusterError)
+    kind = (
+        kind
+        if isinstance(kind, type) and issubclass(kind, TricornError) and kind.__init__ is TricornError.__init__
+        else errors.ClusterError
+    )
+    remedy = (failed.remedy or kind.remedy).replace("RUN", str(folder))
+    error: TricornError = kind(failed.message, remedy=remedy, where=failed.where)
+    if failed.trace:
+        error.add_note(f"the whole traceback is in {folder / 'logs'}")
+    return error
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the handler meanwhile, where the interpreter allows it: in its main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)

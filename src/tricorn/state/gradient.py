@@ -1,0 +1,67 @@
+"""The arithmetic of one share of a batch, the same under every strategy: forward, loss, backward.
+
+Gradients are of the *sum* (mean loss times count), so that shares of any size add up to the gradient of the whole
+batch, which is then divided by the true count once. An exception of the user's code comes out as it was raised.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tricorn.state.flat import call_model
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+    from tricorn.strategy import Batch
+
+_INPUT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+def placed(job: Job, value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple or dict of them, on the device; floating point in the precision of the weights."""
+    if isinstance(value, Tensor):
+        return value.to(device, _INPUT_DTYPES[job.precision] if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {name: placed(job, item, device) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(placed(job, item, device) for item in value)
+    return value
+
+
+def autocast(job: Job, device: torch.device) -> torch.autocast:
+    """The context in which forward and loss run: bfloat16 where the job asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bfloat16")
+
+
+def forward(job: Job, model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch that is not empty."""
+    device = _device(model)
+    with autocast(job, device):
+        return call_model(model, placed(job, batch.inputs, device))
+
+
+def loss_sum(job: Job, output: Any, batch: Batch) -> Tensor:
+    """The loss of the output times the batch's count: a scalar tensor to call ``backward`` on."""
+    device = output.device if isinstance(output, Tensor) else torch.device("cpu")
+    with autocast(job, device):
+        loss: Tensor = job.loss(output, placed(job, batch.target, device))
+    return loss * batch.count
+
+
+def forward_backward(job: Job, model: nn.Module, batch: Batch) -> float:
+    """Add the gradient of the loss sum to the parameters' ``grad`` and return the loss sum.
+
+    A share whose count is 0 adds nothing: the mean over nothing is not a number, its part of the sum is 0.
+    """
+    if batch.count == 0:
+        return 0.0
+    total = loss_sum(job, forward(job, model, batch), batch)
+    torch.autograd.backward(total)
+    return total.item()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,32 @@
+"""The model that a run has trained, read back from its newest checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tricorn.control import checkpoints
+from tricorn.errors import CheckpointDamaged
+from tricorn.job import Job
+from tricorn.state.flat import build_model
+from tricorn.state.shards import CheckpointReader
+
+
+def trained_model(job: Job, run: Path) -> nn.Module:
+    """The job's model with the weights of the run's newest whole checkpoint.
+
+    Raises CheckpointDamaged if there is none.
+    """
+    folder, damages = checkpoints.newest_whole(run / "checkpoints")
+    if folder is None:
+        raise CheckpointDamaged("; ".join(damages) or f"the run {run} has no checkpoint")
+    reader = CheckpointReader(folder, checkpoints.load_manifest(folder).step)
+    model = build_model(job)
+    with torch.no_grad():
+        for prefix, tensors in (("param", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in tensors:
+                if f"{prefix}/{name}" in reader:
+                    tensor.copy_(reader.read(f"{prefix}/{name}", 0, tensor.numel()).view(tensor.shape))
+    return model.eval()

@@ -1,0 +1,136 @@
+"""A worker's loop: join a membership epoch, run steps until it is over, report what it holds, join the next."""
+
+from __future__ import annotations
+
+import queue
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tricorn.control import messages as m
+from tricorn.errors import PeerLost
+from tricorn.strategy import Seat, Wishes
+from tricorn.worker.evaluation import evaluate
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+    from tricorn.strategy import Trainer
+    from tricorn.worker.batches import Batches
+    from tricorn.worker.link import Link
+    from tricorn.worker.saver import Saver
+
+
+class Regrouping(Exception):
+    """A newer membership epoch is forming: leave this one."""
+
+
+class Orders:
+    """What the coordinator ordered, handed from the link's thread to the worker's."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None  # until the model is built
+        self._queue: queue.SimpleQueue[m.Order] = queue.SimpleQueue()
+        self._returned: m.Order | None = None
+        self.epoch = 0  # the newest membership epoch heard of
+        self.wishes = Wishes()
+
+    def handle(self, order: m.Order) -> None:
+        """Called on the link's thread."""
+        if isinstance(order, m.Wish):
+            self.wishes = Wishes(checkpoint=int(order.checkpoint), stop=int(order.stop))
+            return
+        if isinstance(order, m.Regroup):
+            self.epoch = order.epoch
+            self.wishes = Wishes()
+        if isinstance(order, m.Regroup | m.Shutdown) and self.trainer is not None:
+            self.trainer.interrupt()
+        self._queue.put(order)
+
+    def bytes_sent(self) -> int:
+        return self.trainer.bytes_sent if self.trainer is not None else 0
+
+    def next(self) -> m.Order:
+        """The next order, waited for if need be."""
+        if self._returned is not None:
+            order, self._returned = self._returned, None
+            return order
+        return self._queue.get()
+
+    def put_back(self, order: m.Order) -> None:
+        """Have ``next`` return this order again."""
+        self._returned = order
+
+    def waiting(self) -> bool:
+        return not self._queue.empty()
+
+    def take_wishes(self) -> Wishes:
+        wishes, self.wishes = self.wishes, Wishes()
+        return wishes
+
+
+class Loop(ABC):
+    """What both kinds of run share: membership, evaluation, and the order of seeds."""
+
+    def __init__(
+        self, *, job: Job, rank: int, trainer: Trainer, batches: Batches, link: Link, orders: Orders,
+        saver: Saver, total_steps: int, steps_per_epoch: int, checkpoint_steps: int, address: m.Address,
+    ) -> None:  # fmt: skip
+        self.job = job
+        self.rank = rank
+        self.trainer = trainer
+        self.batches = batches
+        self.link = link
+        self.orders = orders
+        self.saver = saver
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.checkpoint_steps = checkpoint_steps
+        self.address = address
+
+    def run(self) -> None:
+        """Until the coordinator says that it is over. Raises what the user's code raises."""
+        while True:
+            order = self.orders.next()
+            if isinstance(order, m.Shutdown):
+                return
+            if isinstance(order, m.Regroup) and order.epoch == self.orders.epoch:
+                self._ready(order.epoch)
+            elif isinstance(order, m.Begin) and order.epoch == self.orders.epoch:
+                try:
+                    self.trainer.join(_seat(order))
+                    self.members_run(order)
+                except Regrouping:
+                    pass  # the order to regroup is in the queue
+                except PeerLost as lost:
+                    self.link.send(m.Broken(epoch=order.epoch, reason=str(lost)))
+
+    @abstractmethod
+    def members_run(self, begin: m.Begin) -> None:
+        """One membership epoch."""
+
+    def _ready(self, epoch: int) -> None:
+        held = self.trainer.held()
+        held_steps = [] if held is None else [held]
+        self.link.send(m.Ready(epoch=epoch, part=self.trainer.part, held=held_steps, address=self.address))
+
+    def go_on(self, epoch: int) -> None:
+        """Raises Regrouping if this membership epoch is over."""
+        if self.orders.epoch != epoch:
+            raise Regrouping
+
+    def seed(self, step: int) -> None:
+        """Dropout and its like: the same whenever this rank runs this step."""
+        torch.manual_seed((self.job.seed * 0x9E3779B1 + step * 0x85EBCA77 + self.rank) % (1 << 63))
+
+    def evaluate(self, epoch: int, step: int, start: int, stop: int) -> None:
+        judge = evaluate(self.job, self.trainer, self.batches, start, stop, lambda: self.go_on(epoch))
+        self.link.send(m.Evaluated(epoch=epoch, step=step, samples=judge.samples, sums=judge.sums))
+
+
+def _seat(begin: m.Begin) -> Seat:
+    return Seat(
+        epoch=begin.epoch, workers=tuple(begin.workers), servers=tuple(begin.servers), step=begin.step,
+        source=begin.source, peer=begin.peer, checkpoint=Path(begin.checkpoint) if begin.checkpoint else None,
+    )  # fmt: skip

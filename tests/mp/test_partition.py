@@ -1,0 +1,206 @@
+"""Finding the blocks of a model, the cuts that are legal, and the best of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tricorn.errors import PlanError
+from tricorn.mp.partition import Stage, balance, blocks, legal_cuts, refusal
+from tricorn.state.flat import call_model
+
+CPU = torch.device("cpu")
+INPUTS = {
+    "sequential": torch.randn(5, 8),
+    "nested": torch.randn(5, 8),
+    "Chain": torch.randn(5, 1, 8, 8),
+    "Residual": torch.randn(5, 8),
+    "Listed": torch.randn(5, 8),
+    "Wide": torch.randn(5, 8),
+    "Language": {"tokens": torch.randint(0, 11, (5, 7)), "offset": torch.randn(5, 7)},
+}
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
+def test_balance_is_as_good_as_trying_everything(costs, data):
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(len(costs) - 1, 1)))) & set(range(1, len(costs))))
+    stages = data.draw(st.integers(1, len(cuts) + 1))
+
+    def slowest(chosen):
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *chosen, len(costs))))
+
+    found = balance(costs, stages, cuts)
+    assert len(found) == stages - 1
+    assert set(found) <= set(cuts)
+    assert slowest(found) == min(slowest(chosen) for chosen in itertools.combinations(cuts, stages - 1))
+
+
+def test_balance_refuses_more_stages_than_there_are_cuts():
+    with pytest.raises(PlanError, match="can be cut into 2 stages cannot make 3"):
+        balance([1.0, 1.0, 1.0], 3, [2])
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_stages_one_after_another_are_the_model(models, name, training):
+    torch.manual_seed(0)
+    model = getattr(models, name)().train(training)
+    with torch.no_grad():
+        expected = call_model(model, INPUTS[name])
+    found = blocks(model, 3)
+    for cut in itertools.combinations(legal_cuts(found), 2):
+        value = INPUTS[name]
+        for start, stop in itertools.pairwise((0, *cut, len(found))):
+            with torch.no_grad():
+                value = Stage(model, found, start, stop, CPU).train(training)(value)
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_stages_share_out_the_tensors_under_the_names_of_the_model(models, name):
+    model = getattr(models, name)()
+    found = blocks(model, 2)
+    cut = legal_cuts(found)[len(legal_cuts(found)) // 2]
+    stages = [Stage(model, found, 0, cut, CPU), Stage(model, found, cut, len(found), CPU)]
+    for kind in ("named_parameters", "named_buffers"):
+        named = [pair for stage in stages for pair in getattr(stage, kind)()]
+        assert {name: id(tensor) for name, tensor in named} == {n: id(t) for n, t in getattr(model, kind)()}
+        assert len(named) == len({name for name, _ in named})
+
+
+def test_nested_sequentials_are_cut_inside(models):
+    assert [block.name for block in blocks(models.nested(), 2)] == ["0.0", "0.1.0", "0.1.1", "1", "2"]
+
+
+def test_a_residual_block_is_never_cut(models):
+    # Looked into, each block is a layer, a tanh and a sum, and only the sum is alone in use.
+    names = [block.name for block in blocks(models.Wide(), 2)]
+    assert names == ["add", "add_1", "add_2", "add_3", "body.head", "mul", "add_4"]
+
+
+def test_submodules_are_looked_into_only_when_too_few(models):
+    assert blocks(models.Residual(), 3)[0].name == "blocks.0"
+    assert len(blocks(models.Wide(), 3)) == 7
+
+
+def test_looking_at_a_model_changes_nothing(models):
+    model = models.Chain()
+    chance, python_chance = torch.get_rng_state(), random.getstate()
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    blocks(model, 2)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert random.getstate() == python_chance
+
+
+def test_functional_dropout_is_off_in_evaluation():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+    model = Dropping()
+    found = blocks(model, 2)
+    stage, x = Stage(model, found, 0, len(found), CPU), torch.randn(3, 64)
+    assert not torch.equal(stage.train()(x), stage.train()(x))
+    assert torch.equal(stage.eval()(x), model.eval()(x))
+
+
+def test_an_error_in_a_block_names_the_users_line(models):
+    from tricorn.errors import users_line
+
+    model = models.Chain()
+    found = blocks(model, 2)
+    stage = Stage(model, found, 0, len(found), CPU)
+    with pytest.raises(RuntimeError) as raised:
+        stage(torch.randn(2, 1, 6, 6))
+    assert "conftest.py" in users_line(raised.value)
+    assert users_line(raised.value).endswith("in forward: return self.head(self.dropout(x))")
+
+
+class Setting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(6, 6), nn.Linear(6, 6), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.b(self.a(x))
+
+
+class Drawing(Setting):
+    def forward(self, x):
+        return self.b(self.a(x)) if random.random() < 0.5 else self.a(x)
+
+
+class Making(Setting):
+    def forward(self, x):
+        return self.b(self.a(x) * torch.ones(6))
+
+
+class Switching(Setting):
+    def forward(self, x):
+        return self.b(self.a(x)) if self.training else self.a(x)
+
+
+class Functions(Setting):
+    def pipeline_blocks(self):
+        return [self.a, lambda x: self.b(x)]
+
+
+def _hooked():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Setting, "forward of Setting sets self.calls; make it a plain chain"),
+        (Drawing, "forward of Drawing draws random numbers by itself; make it a plain chain"),
+        (Making, "forward of Making makes a tensor; make it a plain chain"),
+        (Switching, r"forward of Switching takes other steps in eval\(\) than in train\(\); make it a plain chain"),
+        (Functions, r"no module of Functions.pipeline_blocks\(\) holds b.weight, b.bias; list the modules that do"),
+        (_hooked, "Sequential has hooks, which no stage would run; register them on its submodules"),
+        ("Deciding", r"Deciding cannot be followed .*control flow.*; make it a plain chain .* or give it a method"),
+    ],
+)
+def test_a_model_that_cannot_be_listed_says_what_to_change(models, model, message):
+    made = getattr(models, model)() if isinstance(model, str) else model()
+    before = [(n, getattr(made, n, None)) for n in ("calls", "training")]
+    with pytest.raises(PlanError, match=message):
+        blocks(made, 2)
+    assert [(n, getattr(made, n, None)) for n in ("calls", "training")] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "message"),
+    [
+        ("Branching", 2, "Branching has 1 block for 2 stages, .* make it a longer chain .* or use at most 1 worker"),
+        ("nested", 6, "Sequential has 5 blocks for 6 stages, .* use at most 5 workers"),
+        ("Tied", 2, "Tied shares first.weight between blocks, .* into 1 stage at most, not 2; untie them"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_often_enough_says_what_to_change(models, name, stages, message):
+    import re
+
+    model = getattr(models, name)()
+    found = blocks(model, stages)
+    assert re.match(message, refusal(model, found, stages))
+    assert refusal(model, found, 1) is None
+
+
+def test_tied_blocks_that_stand_side_by_side_go_to_one_stage():
+    shared = nn.Linear(6, 6)
+    found = blocks(nn.Sequential(nn.Linear(6, 6), shared, nn.ReLU(), shared, nn.Linear(6, 6)), 2)
+    assert legal_cuts(found) == [1, 4]
