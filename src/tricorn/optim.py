@@ -107,7 +107,11 @@ class Adam(_Declared, frozen=True, kw_only=True, tag="adam"):
 
     def mistakes(self) -> list[tuple[str, str, str]]:
         found = super().mistakes()
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if not (
+            isinstance(self.betas, tuple)
+            and len(self.betas) == 2
+            and all(isinstance(beta, int | float) and 0.0 <= beta < 1.0 for beta in self.betas)
+        ):
             found.append(("betas", repr(self.betas), "give two numbers from 0 to below 1"))
         return found
 

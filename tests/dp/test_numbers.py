@@ -87,7 +87,7 @@ def bucket_size(request, monkeypatch) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_numbers(crew, plain_loop, bucket_size, name, precision, workers):
+def test_same_numbers(crew, plain_loop, name, precision, workers):
     declared, made = OPTIMIZERS[name]
     this = job(optimizer=declared, precision=precision)
     expected, losses = plain_loop(this, made)

@@ -16,7 +16,7 @@ from tricorn.errors import Diverged, PeerLost, PlanError
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.state.shards import write_shard
-from tricorn.strategy import Batch, Outcome, Wishes
+from tricorn.strategy import Batch, Outcome, Seat, Wishes
 
 STEPS = 8
 
@@ -185,12 +185,24 @@ def test_interrupt_while_the_group_is_being_built(crew):
 
     team.listeners[0].announce = tell
     addresses = tuple(listener.address for listener in team.listeners)
-    from tricorn.strategy import Seat
-
     joining = team.pool.submit(team.trainers[0].join, Seat(1, addresses, (), 0, "initial", 0, None))
     assert seated.wait(5)
     team.trainers[0].interrupt()
     assert isinstance(joining.exception(5), PeerLost)
+
+
+def test_an_interrupt_just_before_there_is_a_group_is_not_missed(crew):
+    team = crew(job(), 1)
+    announce = team.listeners[0].announce
+
+    def tell(epoch: int) -> None:
+        announce(epoch)
+        team.trainers[0].interrupt()
+
+    team.listeners[0].announce = tell
+    team.join("initial")
+    (error,) = team.step(0, *(tensor[:10] for tensor in team.job.train.tensors))
+    assert isinstance(error, PeerLost)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_step_on_every_rank(crew):

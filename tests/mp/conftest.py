@@ -1,13 +1,33 @@
-"""Small models of every kind that a pipeline meets."""
+"""Small models of every kind that a pipeline meets, and stages that are threads of the test."""
 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from tricorn.comm.listener import PeerListener
+from tricorn.data.sources import as_source
+from tricorn.job import Job
+from tricorn.mp.trainer import PipelineTrainer
+from tricorn.plan import Plan
+from tricorn.state.flat import build_model, call_model
+from tricorn.state.gradient import placed
+from tricorn.state.shards import write_shard
+from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+
+SECRET = b"s" * 32
+BUILDING = threading.Lock()
 
 
 def sequential() -> nn.Module:
@@ -194,15 +214,149 @@ def _unnamed(value):
     return value["x"]
 
 
+class Crew:
+    """The stages of a run, each with a thread of its own."""
+
+    def __init__(self, job: Job, workers: int, cuts: tuple[int, ...] | None = None, **options: Any) -> None:
+        self.job = job
+        self.plan = Plan(strategy="mp", workers=workers, **options)
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="stage")
+        self.epoch = 0
+        self.listeners = [PeerListener(SECRET) for _ in range(workers)]
+        self.trainers = [self.hire(rank) for rank in range(workers)]
+        self.trainers[0]._cuts = cuts  # None: to be measured
+
+    def hire(self, rank: int) -> PipelineTrainer:
+        trainer = PipelineTrainer(Context(self.job, self.plan, rank, 1, SECRET, self.listeners[rank]))
+        build = trainer._build
+
+        def build_alone(*args: Any) -> None:
+            # The generator of initial weights, and what torch.fx replaces, are one for all threads of a process.
+            with BUILDING:
+                build(*args)
+
+        trainer._build = build_alone
+        return trainer
+
+    def replace(self, rank: int) -> None:
+        """The worker of that stage dies, and a new one takes its place."""
+        self.trainers[rank].close()
+        self.trainers[rank] = self.hire(rank)
+
+    def each(self, function: Callable[[int, PipelineTrainer], Any]) -> list[Any]:
+        """What the function of (rank, trainer) returns or raises for each stage, all called at once."""
+        futures = [self.pool.submit(function, rank, trainer) for rank, trainer in enumerate(self.trainers)]
+        return [future.exception(30) or future.result() for future in futures]
+
+    def join(self, source: str, step: int = 0, checkpoint: Path | None = None) -> list[Any]:
+        self.epoch += 1
+        addresses = tuple(listener.address for listener in self.listeners)
+        seat = Seat(self.epoch, addresses, (), step, source, 0, checkpoint)
+        return self.each(lambda _, trainer: trainer.join(seat))
+
+    def step(self, step: int, inputs: Any, target: torch.Tensor, **wishes: int) -> list[Any]:
+        """The outcome, or the error, of one global batch for each stage; the wishes are those of the last."""
+
+        def run(rank: int, trainer: PipelineTrainer) -> Outcome:
+            batch = whole(self.job, inputs, target, trainer)
+            return trainer.step(
+                step, batch, len(target), Wishes(**wishes) if trainer is self.trainers[-1] else Wishes()
+            )
+
+        return self.each(run)
+
+    def train(self, start: int = 0, stop: int | None = None) -> list[float]:
+        """Steps [start, stop) of the run; the mean loss of each."""
+        losses = []
+        for step, (inputs, target) in enumerate(batches(self.job)):
+            if start <= step and (stop is None or step < stop):
+                first, *others = self.step(step, inputs, target)
+                assert isinstance(first, Outcome), first
+                assert others == [first] * len(others)
+                assert first.samples == len(target)
+                losses.append(first.loss_sum / first.count)
+        return losses
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights of all stages together."""
+        return {name: p.detach().clone() for trainer in self.trainers for name, p in trainer._stage.named_parameters()}
+
+    def save(self, folder: Path) -> Path:
+        for trainer in self.trainers:
+            write_shard(folder, f"{trainer.part}.safetensors", trainer.pieces())
+        return folder
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.close()
+        for listener in self.listeners:
+            listener.close()
+        self.pool.shutdown()
+
+
+def whole(job: Job, inputs: Any, target: torch.Tensor, trainer: PipelineTrainer) -> Batch:
+    """The share of a stage: the whole batch or nothing of it."""
+    if trainer.share(len(target)) == (0, 0):
+        return Batch(None, None, 0, 0)
+    return Batch(inputs, target, len(target), job.count(inputs, target) if job.count else len(target))
+
+
+def batches(job: Job) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Epoch after epoch in plain order; the last batch of each is ragged."""
+    ids = np.arange(len(job.train))
+    for _ in range(job.epochs):
+        for start in range(0, len(ids), job.batch_size):
+            yield as_source(job.train).fetch(ids[start : start + job.batch_size])
+
+
+def run_plain_loop(job: Job, optimizer: Callable[[Any], torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """The weights that the same job has after an ordinary PyTorch loop in one process."""
+    model = build_model(job)
+    optim = optimizer(model.parameters())
+    rate = optim.param_groups[0]["lr"]
+    for step, (inputs, target) in enumerate(batches(job)):
+        optim.param_groups[0]["lr"] = rate * (job.schedule(step) if job.schedule else 1.0)
+        optim.zero_grad(set_to_none=False)
+        cpu = torch.device("cpu")
+        job.loss(call_model(model, placed(job, inputs, cpu)), placed(job, target, cpu)).backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if job.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
+        optim.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Between two sets of weights: relative, in L2."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in theirs)
+    return (difference / sum(float(weight.double().square().sum()) for weight in theirs.values())) ** 0.5
+
+
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
+def _one_thread() -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def models():
-    """This file's models, by name."""
+def models() -> ModuleType:
+    """This file's models and helpers, by name."""
     return sys.modules[__name__]
+
+
+@pytest.fixture
+def crew() -> Iterator[Callable[..., Crew]]:
+    """Builds the stages of a run; no thread of theirs may be left afterwards."""
+    before = set(threading.enumerate())
+    made: list[Crew] = []
+
+    def make(job: Job, workers: int, cuts: tuple[int, ...] | None = None, **options: Any) -> Crew:
+        made.append(Crew(job, workers, cuts, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    assert set(threading.enumerate()) <= before

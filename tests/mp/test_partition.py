@@ -147,6 +147,11 @@ class Making(Setting):
         return self.b(self.a(x) * torch.ones(6))
 
 
+class Chancing(Setting):
+    def forward(self, x):
+        return self.b(self.a(x)) if torch.rand(1).item() < 0.5 else self.a(x)
+
+
 class Switching(Setting):
     def forward(self, x):
         return self.b(self.a(x)) if self.training else self.a(x)
@@ -167,8 +172,9 @@ def _hooked():
     ("model", "message"),
     [
         (Setting, "forward of Setting sets self.calls; make it a plain chain"),
-        (Drawing, "forward of Drawing draws random numbers by itself; make it a plain chain"),
-        (Making, "forward of Making makes a tensor; make it a plain chain"),
+        (Drawing, "forward of Drawing uses Python's random numbers; make it a plain chain"),
+        (Making, r"forward of Making makes a tensor by itself \(ones\); make it a plain chain"),
+        (Chancing, r"forward of Chancing makes a tensor by itself \(rand\); make it a plain chain"),
         (Switching, r"forward of Switching takes other steps in eval\(\) than in train\(\); make it a plain chain"),
         (Functions, r"no module of Functions.pipeline_blocks\(\) holds b.weight, b.bias; list the modules that do"),
         (_hooked, "Sequential has hooks, which no stage would run; register them on its submodules"),

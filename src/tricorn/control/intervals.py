@@ -50,6 +50,14 @@ class Intervals:
             yield at
             at = self.first_gap(at + 1)
 
+    def common(self, other: Intervals) -> Intervals:
+        """The numbers that are in both."""
+        found = Intervals()
+        for start, stop in self.pairs:
+            for low, high in other.pairs:
+                found.add_range(max(start, low), min(stop, high))
+        return found
+
     @property
     def pairs(self) -> list[tuple[int, int]]:
         return list(zip(self._starts, self._stops, strict=True))

@@ -7,22 +7,30 @@ again; servers that had applied it drop the repetition (ps/consistency.py), so i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
+from functools import reduce
 
 from tricorn.control.intervals import Intervals
 
 
 class Leases:
-    """Pure bookkeeping of the steps of one membership epoch. Steps are lent in order, never across ``limit``."""
+    """Pure bookkeeping of the steps of one membership epoch. Steps are lent in order, never across ``limit``.
 
-    def __init__(self, committed: Intervals, servers: frozenset[str]) -> None:
-        self.committed = committed
+    ``applied`` says for each server which steps it holds; ``committed`` are those that all hold.
+    """
+
+    def __init__(self, applied: Mapping[str, Intervals]) -> None:
+        self.committed = reduce(Intervals.common, applied.values())
         self.limit = 0
-        self._servers = servers
+        self._servers = frozenset(applied)
         self._next = 0
         self._credit: dict[str, int] = {}
         self._turns: deque[str] = deque()
         self._lent: dict[int, str] = {}
         self._applied: dict[int, set[str]] = {}
+        for server, steps in applied.items():
+            for start, stop in steps.pairs:
+                self.applied(server, list(self.committed.missing(start, stop)))
 
     @property
     def outstanding(self) -> int:

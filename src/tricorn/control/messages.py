@@ -34,12 +34,17 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """I have stopped and wait for ``epoch`` to begin. ``held``: the steps I could go on from with my part."""
+    """I have stopped and wait for ``epoch`` to begin.
+
+    ``held``: the steps I could go on from with my part. ``applied``: of a server of an asynchronous run, all steps
+    that its part holds.
+    """
 
     epoch: int
     part: str | None
     held: list[int]
     address: Address
+    applied: list[tuple[int, int]] = []
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

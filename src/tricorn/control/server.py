@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sqlite3
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -130,7 +131,7 @@ class CoordinatorServer:
         try:
             for instruction in instructions:
                 self._carry_out(instruction)
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             failure = StorageError(f"the run's folder {self._record.folder} cannot be written: {error}")
             self._do(self._state.storage_failed(m.failed(failure)))
 

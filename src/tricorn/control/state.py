@@ -290,9 +290,16 @@ class Coordinator:
         if ready is None:
             return
         source = resume_point(ready)
-        if self.facts.synchronous and source is not LOST:
+        checkpoint = None
+        if source is LOST:
+            checkpoint = self._go_back()
+        elif self.facts.synchronous:
             self.committed = Intervals([(0, source.step)])
-        checkpoint = self._go_back() if source is LOST else None
+        if not self.facts.synchronous:
+            servers = [server.role for server in self.members.servers()]
+            held = {s: self.committed if source is LOST else Intervals(ready[s].applied) for s in servers}
+            self._leases = Leases(held)
+            self.committed = self._leases.committed
         step = len(self.committed)
         self._saving.clear()
         self._evaluation.clear()
@@ -311,9 +318,7 @@ class Coordinator:
             evaluate=self._evaluation_due(step), saved=self._saved,
         )  # fmt: skip
         self._out += [Send(role, begin) for role in self.members.roles]
-        if not self.facts.synchronous:
-            self._leases = Leases(self.committed, frozenset(s.role for s in self.members.servers()))
-        elif self._stopping:
+        if self.facts.synchronous and self._stopping:
             self._out.append(Send("worker-0", m.Wish(checkpoint=False, stop=True)))
         self._advance(now)
 

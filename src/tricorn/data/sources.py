@@ -96,11 +96,7 @@ class _Items:
         return len(self.dataset)
 
     def fetch(self, ids: Ids) -> tuple[Any, Any]:
-        items = []
-        for sample in ids.tolist():
-            item = self._item(sample)
-            self._compare(sample, _form(item, sample))
-            items.append(item)
+        items = [self._checked(sample) for sample in ids.tolist()]
         inputs, target = map(list, zip(*items, strict=True))
         if isinstance(inputs[0], tuple | list):
             columns = zip(*inputs, strict=True)
@@ -115,24 +111,28 @@ class _Items:
 
     @cached_property
     def _first(self) -> dict[str, str]:
-        return _form(self._item(0), 0)
+        return self._read(0)[1]
 
-    def _item(self, sample: int) -> Any:
-        try:
-            return self.dataset[sample]
-        except Exception as error:
-            raise DataError(
-                f"sample {sample} cannot be read: {type(error).__name__}: {error}", where=users_line(error)
-            ) from error
-
-    def _compare(self, sample: int, form: dict[str, str]) -> None:
-        if form == self._first:
-            return
-        for name in {**self._first, **form}:
+    def _checked(self, sample: int) -> Any:
+        """The item, which has the form of the first: so one that differs is named whatever its batch."""
+        item, form = self._read(sample)
+        for name in {**self._first, **form} if form != self._first else ():
             here, first = form.get(name, "missing"), self._first.get(name, "missing")
             if here != first:
                 message = f"{name} of sample {sample} is {here}, but of sample 0 it is {first}"
                 raise DataError(message, where=_definition(self.dataset))
+        return item
+
+    def _read(self, sample: int) -> tuple[Any, dict[str, str]]:
+        try:
+            item = self.dataset[sample]
+        except Exception as error:
+            message = f"sample {sample} cannot be read: {type(error).__name__}: {error}"
+            raise DataError(message, where=users_line(error)) from error
+        try:
+            return item, _form(item)
+        except TypeError as error:
+            raise DataError(f"sample {sample} cannot be batched: {error}", where=_definition(self.dataset)) from None
 
 
 def _as_tensor(value: Array) -> Tensor:
@@ -169,24 +169,21 @@ def _named(inputs: Any, target: Any) -> Iterator[tuple[str, Any]]:
     yield "target", target
 
 
-def _form(item: Any, sample: int) -> dict[str, str]:
-    """The shape and type of each tensor of an item. Raises DataError if it is no item."""
-    if not (isinstance(item, tuple | list) and len(item) == 2):
-        raise DataError(
-            f"sample {sample} is a {type(item).__name__}, not a pair",
-            remedy="Return (inputs, target) from the dataset.",
-        )
-    return {name: _form_of(name, value, sample) for name, value in _named(*item)}
+def _form(item: Any) -> dict[str, str]:
+    """The shape and type of each tensor of an item. Raises TypeError if it is no item."""
+    if not isinstance(item, tuple | list):
+        raise TypeError(f"it is a {type(item).__name__} instead of (inputs, target)")
+    if len(item) != 2:
+        raise TypeError(f"it is a {type(item).__name__} of {len(item)} values instead of (inputs, target)")
+    return {name: _form_of(name, value) for name, value in _named(*item)}
 
 
-def _form_of(name: str, value: Any, sample: int) -> str:
+def _form_of(name: str, value: Any) -> str:
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray | np.generic) and value.dtype.kind in _NUMERIC):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     if isinstance(value, bool | int | float):
         return type(value).__name__
-    raise DataError(
-        f"{name} of sample {sample} is a {type(value).__name__}", remedy="Give tensors, NumPy arrays or numbers."
-    )
+    raise TypeError(f"its {name} is a {type(value).__name__} instead of a tensor, an array of numbers or a number")
 
 
 def _definition(dataset: Any) -> str:

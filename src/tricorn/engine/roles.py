@@ -104,7 +104,9 @@ def serve(spec: RoleSpec) -> int:
             case m.Regroup():
                 held = server.regroup()
                 epoch = order.epoch
-                link.send(m.Ready(epoch=epoch, part=f"server{index}", held=held, address=server.address))
+                applied = server.applied()
+                part = f"server{index}"
+                link.send(m.Ready(epoch=epoch, part=part, held=held, address=server.address, applied=applied))
             case m.Begin():
                 server.begin(
                     epoch=order.epoch, step=order.step, source=order.source, workers=len(order.workers),

@@ -2,21 +2,23 @@
 
 A model falls apart wherever a single value is all that the rest of ``forward`` needs of what came before: between
 the layers of a chain, between the residual blocks of a residual network, never inside one.
+
+torch.fx replaces ``nn.Module.__call__`` for the whole process meanwhile, so no other thread may run a model then.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from tricorn.errors import PlanError
 
@@ -90,29 +92,56 @@ class _Tracer(fx.Tracer):
         return node
 
 
+class _Watch(TorchFunctionMode):
+    """Notes tensors that come of none of the model's inputs and parameters: random numbers, constants, counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_function__(
+        self, func: Call, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made.append(getattr(func, "__name__", "a function"))
+        return result
+
+
 def _graph(model: nn.Module, follows: Follows) -> fx.Graph:
-    chance = torch.get_rng_state(), random.getstate()
+    """What ``forward`` does. What Python does while it is followed happens once, not at each call: it must not matter.
+
+    Looks at this thread and this model only, for other threads may draw random numbers meanwhile.
+    """
+    name = type(model).__name__
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if (module is model or follows(module)) and code is not None and "random" in code.co_names:
+            raise PlanError(f"the forward of {type(module).__name__} uses Python's random numbers; {_REMEDY}")
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        graph = _Tracer(follows).trace(model)
+        with _Watch() as watch:
+            graph = _Tracer(follows).trace(model)
     except Exception as error:  # tracing runs the user's code on stand-ins for tensors: anything can come out
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(
-            f"the forward of {type(model).__name__} cannot be followed to find where to cut it ({said}); {_REMEDY}"
+            f"the forward of {name} cannot be followed to find where to cut it ({said}); {_REMEDY}"
         ) from None
-    # What Python does while it is followed happens once, not at each call: a number drawn, a count kept.
-    if random.getstate() != chance[1] or not torch.equal(torch.get_rng_state(), chance[0]):
-        torch.set_rng_state(chance[0])
-        random.setstate(chance[1])
-        raise PlanError(f"the forward of {type(model).__name__} draws random numbers by itself; {_REMEDY}")
-    for module, before in attributes:
-        after = dict(vars(module))
-        if changed := [name for name in {**before, **after} if before.get(name) is not after.get(name)]:
-            vars(module).clear()
-            vars(module).update(before)
-            what = "makes a tensor" if changed[0].startswith("_tensor_constant") else f"sets self.{changed[0]}"
-            raise PlanError(f"the forward of {type(module).__name__} {what}; {_REMEDY}")
+    finally:
+        changed = [f"self.{attribute}" for module, before in attributes for attribute in _restore(module, before)]
+    if watch.made:
+        raise PlanError(f"the forward of {name} makes a tensor by itself ({watch.made[0]}); {_REMEDY}")
+    if changed:
+        raise PlanError(f"the forward of {name} sets {changed[0]}; {_REMEDY}")
     return graph
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Give the module its attributes back; the names of those that were changed."""
+    after = dict(vars(module))
+    vars(module).clear()
+    vars(module).update(before)
+    return [name for name in {**before, **after} if before.get(name) is not after.get(name)]
 
 
 class _Span(NamedTuple):

@@ -149,7 +149,7 @@ class Asynchronous(_Mode):
         self.fresh: list[int] = []  # applied, but not reported yet
         self.staleness: Counter[int] = Counter()
         self._generation = generation
-        self._applied = Intervals(applied)
+        self.applied = Intervals(applied)
         self._clocks = self._new_clocks()
 
     def steps(self) -> list[int]:
@@ -172,7 +172,7 @@ class Asynchronous(_Mode):
             return memoryview(b"")
         if request.step < 0 or not 0 <= request.version <= self.version:
             raise ProtocolError(f"a push of step {request.step} from version {request.version} of {self.version}")
-        return None if request.step in self._applied else as_bytes(self._gradient_S(rank))
+        return None if request.step in self.applied else as_bytes(self._gradient_S(rank))
 
     def handle(self, rank: int, request: Header) -> None:
         match request.op:
@@ -190,7 +190,7 @@ class Asynchronous(_Mode):
         self._clocks.leave(rank)
 
     def _push(self, rank: int, request: Header) -> None:
-        new = self._applied.add(request.step)
+        new = self.applied.add(request.step)
         if new:
             self._outlet.before_update()
             self.staleness[self.version - request.version] += 1

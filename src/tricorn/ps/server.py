@@ -68,6 +68,7 @@ class Server:
         self._listener.setblocking(False)
         self.address: Address = self._listener.getsockname()[:2]
         self._service = Service(self)
+        self._epoch = -1  # the last that was begun
         self._selector = selectors.DefaultSelector()
         self._strangers: dict[Connection, None] = {}  # not admitted, or being turned away; oldest first
         self._workers: dict[int, Connection] = {}
@@ -114,6 +115,10 @@ class Server:
         """Have ``on_snapshot`` called with what is held now, as the state of ``step``."""
         self._call(lambda: self._service.snapshot(step))
 
+    def applied(self) -> list[tuple[int, int]]:
+        """Asynchronous: the steps in the weights, as intervals [start, stop)."""
+        return self._call(lambda: self._service.applied)
+
     def staleness(self) -> dict[int, int]:
         """Asynchronous: how many gradients were computed from weights so many versions old."""
         return self._call(lambda: self._service.staleness)
@@ -153,7 +158,7 @@ class Server:
                 key.data()
         while self._service.changed:
             self._service.changed = False
-            for connection in [c for c in self._workers.values() if c.waiting]:
+            for connection in [c for c in (*self._workers.values(), *self._strangers) if c.waiting]:
                 self._attend(connection, 0)
         now = time.monotonic()
         for connection in [c for c in self._strangers if c.deadline <= now]:
@@ -215,19 +220,22 @@ class Server:
         self._limit_strangers()
 
     def _meet(self, connection: Connection) -> Conversation:
-        claim = yield from handshake(connection, self._secret)
+        claimed = yield from handshake(connection, self._secret)
         connection.proved = True
-        rank = self._admit(connection, claim)
-        yield from self._service.converse(rank)
-
-    def _admit(self, connection: Connection, claimed: dict[str, Any]) -> int:
         try:
             claim = msgspec.convert(claimed, Claim)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"a claim that cannot be read: {error}") from None
-        beginning = self._service.beginning
+        while not (beginning := self._service.beginning) or claim.epoch > beginning.epoch:
+            if claim.epoch <= self._epoch:
+                break
+            yield None  # the worker has heard of its membership epoch before this server has
+        self._admit(connection, claim, beginning)
+        yield from self._service.converse(claim.rank)
+
+    def _admit(self, connection: Connection, claim: Claim, beginning: Beginning | None) -> None:
         if beginning is None or claim.epoch != beginning.epoch:
-            raise PeerLost(f"membership epoch {claim.epoch} is not the one being served")
+            raise PeerLost(f"membership epoch {claim.epoch} is over")
         if not 0 <= claim.rank < beginning.workers:
             raise ProtocolError(f"there are {beginning.workers} workers, none of rank {claim.rank}")
         if former := self._workers.get(claim.rank):
@@ -237,7 +245,6 @@ class Server:
         connection.rank, connection.incarnation = claim.rank, claim.incarnation
         self._workers[claim.rank] = connection
         del self._strangers[connection]
-        return claim.rank
 
     def _turn_away(self, connection: Connection, error: TricornError) -> None:
         self._forget(connection)
@@ -280,14 +287,18 @@ class Server:
                 future.set_exception(error)
 
     def _regroup(self) -> list[int]:
-        for connection in [*self._workers.values(), *self._strangers]:
-            self._drop(connection)
+        self._drop_workers()
         self._report()
         return self._service.regroup()
 
+    def _drop_workers(self) -> None:
+        for connection in [*self._workers.values()]:
+            self._drop(connection)
+
     def _begin(self, beginning: Beginning) -> None:
-        self._regroup()
+        self._drop_workers()
         self._service.begin(beginning)
+        self._epoch = beginning.epoch
 
     def _report(self) -> None:
         self._unreported_since = None

@@ -58,6 +58,7 @@ class Service:
         else:
             self._mode.begin(beginning.step, beginning.workers)
         self.beginning = beginning
+        self.changed = True
 
     def snapshot(self, step: int) -> None:
         """Hand out copies of what is held, as the state of ``step``."""
@@ -75,6 +76,11 @@ class Service:
     @property
     def unreported(self) -> bool:
         return isinstance(self._mode, Asynchronous) and bool(self._mode.fresh)
+
+    @property
+    def applied(self) -> list[tuple[int, int]]:
+        """All steps in the weights, as intervals; of synchronous steps the version says it."""
+        return self._mode.applied.pairs if isinstance(self._mode, Asynchronous) else []
 
     @property
     def staleness(self) -> dict[int, int]:

@@ -192,9 +192,8 @@ class AsyncTrainer(_Worker):
         loss_sum = self._gradient(batch)
         _check_finite(step, loss_sum, batch.count)
         self._grads_N.div_(max(batch.count, 1))
-        scale = self._scale(torch.linalg.vector_norm(self._grads_N, dtype=torch.float64).item())
-        if scale != 1.0:
-            self._grads_N.mul_(scale)
+        if self._job.clip_norm is not None:
+            self._grads_N.mul_(self._scale(torch.linalg.vector_norm(self._grads_N, dtype=torch.float64).item()))
         self._client.push(step, self._versions, self._grads_N, lr=self._lr(step))
         return Outcome(loss_sum, batch.count, batch.samples, wishes)
 

@@ -48,8 +48,8 @@ class Progress:
     def step(self, step: int, *, epoch: int, loss: float, samples_per_second: float) -> None:
         """``step`` updates are committed, the last one in ``epoch`` (from 0) with this loss."""
         now = self._now()
-        if self._untold and epoch != self._epoch:
-            self._tell(f"epoch {self._epoch + 1}/{self._epochs} done  {self._figures}")
+        if epoch != self._epoch:
+            self._end_epoch()
         self._first = self._first or (step, now)
         self._epoch, self._untold = epoch, True
         self._figures = f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s"
@@ -59,8 +59,8 @@ class Progress:
 
     def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """The epoch (from 0) is over and its evaluation gave these metrics."""
-        self._untold = False
-        self._tell(f"epoch {epoch + 1}/{self._epochs} done  {self._figures}  {_metrics(metrics)}".rstrip())
+        self._epoch, self._untold = epoch, True
+        self._end_epoch(f"  {_metrics(metrics)}".rstrip())
 
     def notice(self, text: str) -> None:
         """Something a person should know: a role was lost, a checkpoint could not be written."""
@@ -69,15 +69,21 @@ class Progress:
     def finished(self, summary: Mapping[str, Any]) -> None:
         """The run is over; ``summary`` is what ``summary.json`` says."""
         self.close()
+        self._end_epoch()
         self._say(
             f"done: {summary['steps']:,} steps, {summary['samples']:,} samples in {duration(summary['seconds'])}"
-            f" ({summary['samples_per_second']:,.0f} samples/s)  loss {summary['loss']:.4f}"
+            f" ({summary['samples_per_second']:,.0f} samples/s)  loss {shown(summary['loss'])}"
             f"  {_metrics(summary['metrics'])}".rstrip()
         )
         self._say(f"run: {summary['run']}")
 
     def close(self) -> None:
         """Leave the terminal as it was. Safe to call twice."""
+
+    def _end_epoch(self, more: str = "") -> None:
+        if self._untold:
+            self._untold = False
+            self._tell(f"epoch {self._epoch + 1}/{self._epochs} done  {self._figures}{more}")
 
     def _tell(self, line: str) -> None:
         self._told = self._now()
@@ -142,7 +148,7 @@ def remaining(first_step: int, first_time: float, step: int, now: float, total: 
 
 def duration(seconds: float) -> str:
     """``9.4 s``, ``3 min 20 s`` or ``2 h 5 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -90,7 +90,7 @@ class FlatParameters:
         """Take the module's buffers from a checkpoint; one that it does not hold stays as it is."""
         for name, buffer in self.module.named_buffers():
             if f"buffer/{name}" in reader:
-                buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+                buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.numel()).view(buffer.shape))
 
 
 class FlatState(FlatParameters):
@@ -123,7 +123,7 @@ class FlatState(FlatParameters):
         """Take the state from a checkpoint written under any strategy and any number of workers."""
         for prefix, flat_N in self.tensors().items():
             for entry in self.entries:
-                flat_N[entry.start : entry.stop] = reader.read(f"{prefix}/{entry.name}", 0, entry.stop - entry.start)
+                flat_N[entry.start : entry.stop] = reader.read_whole(f"{prefix}/{entry.name}", entry.stop - entry.start)
         self.load_buffers(reader)
         self.step = reader.step
         self.grads_N.zero_()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tricorn.errors import CheckpointDamaged
+from tricorn.errors import CheckpointDamaged, UsageError
 
 
 class Piece(NamedTuple):
@@ -75,6 +75,16 @@ class CheckpointReader:
 
     def __contains__(self, key: str) -> bool:
         return key in self._slices
+
+    def read_whole(self, key: str, size: int) -> Tensor:
+        """All elements of the flattened tensor; raises UsageError if it has more than ``size`` of them."""
+        stored = max((high for _, high, _ in self._slices.get(key, [])), default=0)
+        if stored > size:
+            raise UsageError(
+                f"{key} has {stored} elements in the checkpoint {self._folder}, but {size} in the model",
+                remedy="Resume with the model that the run was started with, or start a new run.",
+            )
+        return self.read(key, 0, size)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor; raises CheckpointDamaged if any is not there."""

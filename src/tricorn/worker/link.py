@@ -13,6 +13,7 @@ import selectors
 import socket
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
@@ -76,9 +77,11 @@ class Link:
         try:
             while not self._closing:
                 self._converse(self._call())
-        finally:
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)  # a role that cannot be told anything is of no use: it will be replaced
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def _call(self) -> socket.socket:
         give_up = time.monotonic() + PATIENCE_SECONDS

@@ -1,0 +1,183 @@
+"""Servers and workers as threads of the test, over real sockets, beside a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tricorn.comm.listener import PeerListener
+from tricorn.job import Job
+from tricorn.plan import Plan
+from tricorn.ps.server import Server
+from tricorn.ps.trainer import AsyncTrainer, BspTrainer
+from tricorn.state.flat import build_model, call_model
+from tricorn.state.shards import Piece, write_shard
+from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+
+SECRET = b"s" * 32
+SAMPLES = 53
+
+torch.set_num_threads(1)
+
+
+def net() -> torch.nn.Module:
+    """Its weights come from a generator of their own: workers that are threads share the global one."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.4, 0.4, generator=generator)
+    return model
+
+
+def data(samples: int = SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (samples,), generator=generator)
+
+
+def make_job(**changes: Any) -> Job:
+    from tricorn import optim
+
+    fields: dict[str, Any] = {
+        "model": net,
+        "loss": torch.nn.functional.cross_entropy,
+        "optimizer": optim.SGD(lr=0.1, momentum=0.9),
+        "train": torch.utils.data.TensorDataset(*data()),
+        "batch_size": 11,  # no number of workers divides it, and it does not divide the samples
+        "epochs": 4,
+        "precision": "float64",
+    }
+    return Job(**fields | changes)
+
+
+def batches(job: Job) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Epoch after epoch in plain order; the last batch of each is ragged."""
+    inputs, target = job.train.tensors
+    return list(zip(inputs.split(job.batch_size), target.split(job.batch_size), strict=True)) * job.epochs
+
+
+def share_of(inputs: torch.Tensor, target: torch.Tensor, start: int, stop: int) -> Batch:
+    return Batch(inputs[start:stop], target[start:stop], stop - start, stop - start)
+
+
+def plain(job: Job, steps: int, optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.Tensor:
+    """The weights that one process with torch.optim comes to, flat."""
+    model = build_model(job)
+    stepper = optimizer(model.parameters(), lr=job.optimizer.lr, **options)
+    dtype = next(model.parameters()).dtype
+    for step, (inputs, target) in enumerate(batches(job)[:steps]):
+        stepper.zero_grad()
+        job.loss(call_model(model, inputs.to(dtype)), target).backward()
+        if job.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
+        for group in stepper.param_groups:
+            group["lr"] = job.optimizer.lr * (job.schedule(step) if job.schedule else 1.0)
+        stepper.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+class Cluster:
+    """Servers and workers of one run, each with a thread; the test is the coordinator."""
+
+    def __init__(self, job: Job, *, workers: int, servers: int, folder: Path, **plan: Any) -> None:
+        self.job = job
+        self.plan = Plan(strategy="ps", workers=workers, servers=servers, **plan)
+        self.folder = folder
+        self.applied: list[list[int]] = [[] for _ in range(servers)]
+        self.epoch = 0
+        self.servers: list[Server] = []
+        self.threads: list[threading.Thread] = []
+        for index in range(servers):
+            self.servers.append(self._hire_server(index))
+        # Workers take no connections; the listener only completes the context.
+        self.listener = PeerListener(SECRET)
+        kind = BspTrainer if self.plan.synchronous else AsyncTrainer
+        contexts = [Context(job, self.plan, rank, 1, SECRET, self.listener) for rank in range(workers)]
+        self.trainers: list[Any] = [kind(context) for context in contexts]
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+
+    def _hire_server(self, index: int) -> Server:
+        def snapshot(step: int, pieces: list[Piece]) -> None:
+            write_shard(self.folder / str(step), f"server{index}.safetensors", pieces)
+
+        server = Server(SECRET, on_snapshot=snapshot, on_applied=self.applied[index].extend)
+        thread = threading.Thread(target=server.serve_forever, name=f"server-{index}")
+        thread.start()
+        self.threads.append(thread)
+        return server
+
+    def replace_server(self, index: int) -> None:
+        self.servers[index].stop()
+        self.servers[index] = self._hire_server(index)
+
+    def replace_worker(self, rank: int) -> None:
+        old = self.trainers[rank]
+        old.close()
+        self.trainers[rank] = type(old)(Context(self.job, self.plan, rank, self.epoch + 2, SECRET, self.listener))
+
+    def regroup(self) -> list[list[int]]:
+        return [server.regroup() for server in self.servers]
+
+    def begin(self, source: str, step: int = 0, **fields: Any) -> Seat:
+        """Begin a membership epoch on the servers; returns the seat for the workers."""
+        self.epoch += 1
+        checkpoint = self.folder / str(step) if source == "checkpoint" else None
+        for server in self.servers:
+            server.begin(
+                epoch=self.epoch,
+                step=step,
+                source=source,
+                checkpoint=checkpoint,
+                workers=len(self.trainers),
+                generation=fields.get("generation", 0),
+                applied=fields.get("applied", ()),
+            )
+        addresses = tuple(server.address for server in self.servers)
+        return Seat(self.epoch, (), addresses, step, source, 0, checkpoint)
+
+    def each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        """What the function of (trainer, ...) returns for each worker, all called at once; raises what one raises."""
+        futures = [self.pool.submit(function, *row) for row in zip(self.trainers, *arguments, strict=False)]
+        return [future.result(60) for future in futures]
+
+    def join(self, source: str, step: int = 0, **fields: Any) -> None:
+        seat = self.begin(source, step, **fields)
+        self.each(lambda trainer: trainer.join(seat))
+
+    def train(self, start: int, stop: int) -> list[list[Outcome]]:
+        """Run synchronous steps [start, stop) on all workers; the outcomes by worker."""
+        todo = batches(self.job)
+
+        def work(trainer: Any) -> list[Outcome]:
+            return [step_of(trainer, step, *todo[step]) for step in range(start, stop)]
+
+        return self.each(work)
+
+    def weights(self, rank: int = 0) -> torch.Tensor:
+        return self.trainers[rank]._flat.weights_N.clone()
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.close()
+        for server in self.servers:
+            server.stop()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.pool.shutdown()
+        self.listener.close()
+
+
+def step_of(trainer: Any, step: int, inputs: torch.Tensor, target: torch.Tensor, wishes: Wishes = Wishes()) -> Outcome:  # noqa: B008 - immutable
+    samples = len(target)
+    return trainer.step(step, share_of(inputs, target, *trainer.share(samples)), samples, wishes)

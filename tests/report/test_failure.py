@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import io
+
+from tricorn.errors import PeerLost, TricornError, UserCodeError
+from tricorn.report.failure import show
+
+
+def shown(error: TricornError) -> str:
+    stream = io.StringIO()
+    show(error, stream)
+    return stream.getvalue()
+
+
+def test_an_error_ends_with_the_users_line_and_the_remedy() -> None:
+    error = UserCodeError("ZeroDivisionError: division by zero", where="net.py:12 in forward: x / 0")
+    assert shown(error).splitlines() == [
+        "",
+        "error: ZeroDivisionError: division by zero",
+        "where: net.py:12 in forward: x / 0",
+        f"what to do: {UserCodeError.remedy}",
+    ]
+
+
+def test_what_is_not_known_is_not_shown() -> None:
+    assert shown(PeerLost("worker-1 is gone")) == "\nerror: worker-1 is gone\n"

@@ -1,0 +1,37 @@
+"""Jobs of the system tests: a small network, batches that no number of workers divides, a ragged last one."""
+
+import torch
+from torch import nn
+
+import tricorn
+
+SAMPLES, BATCH_SIZE, EPOCHS = 163, 25, 8  # 7 steps an epoch, the last of 13 samples; 56 steps
+
+generator = torch.Generator().manual_seed(1)
+x = torch.randn(SAMPLES, 12, generator=generator, dtype=torch.float64)
+y = (x @ torch.randn(12, 3, generator=generator, dtype=torch.float64)).argmax(1)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 3))
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).double().mean()
+
+
+def make(optimizer, precision, **changes):
+    fields = {
+        "model": network, "loss": nn.functional.cross_entropy, "optimizer": optimizer, "precision": precision,
+        "train": tricorn.data.arrays(x, y), "evaluate": tricorn.data.arrays(x[:40], y[:40]),
+        "metrics": {"accuracy": accuracy}, "batch_size": BATCH_SIZE, "epochs": EPOCHS, "seed": 3,
+        "schedule": lambda step: 1 / (1 + step / 100), "clip_norm": 1.0,
+    }  # fmt: skip
+    return tricorn.Job(**(fields | changes))
+
+
+SGD = tricorn.optim.SGD(lr=0.1, momentum=0.9)
+ADAM = tricorn.optim.Adam(lr=0.01)
+sgd32, sgd64 = make(SGD, "float32"), make(SGD, "float64")
+adam32, adam64 = make(ADAM, "float32"), make(ADAM, "float64")
+long = make(SGD, "float64", epochs=60)  # 420 steps: long enough to be disturbed

@@ -1,0 +1,104 @@
+"""A job tells all its mistakes at once, each with its field, what was given and what would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tricorn
+from tricorn.errors import JobError
+
+
+def mean_error(output: Any, target: Any) -> Any:
+    return (output - target).abs().mean()
+
+
+GOOD: dict[str, Any] = {
+    "model": lambda: torch.nn.Linear(2, 1),
+    "loss": mean_error,
+    "optimizer": tricorn.optim.SGD(lr=0.1),
+    "train": tricorn.data.arrays(np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32)),
+    "evaluate": tricorn.data.arrays(np.zeros((2, 2), np.float32), np.zeros((2, 1), np.float32)),
+    "metrics": {"error": mean_error},
+    "batch_size": 2,
+    "epochs": 1,
+}
+
+# field: (a bad value, what the message shows of it, what it says would do)
+BAD: dict[str, tuple[Any, str, str]] = {
+    "model": (torch.nn.Linear, "needs in_features, out_features", "lambda: Net(...)"),
+    "loss": ("cross_entropy", "'cross_entropy' (str)", "a function of (output, target)"),
+    "optimizer": (torch.optim.SGD, "SGD", "tricorn.optim.SGD, Adagrad, Adam or AdamW"),
+    "train": (7, "7 (int)", "tricorn.data.arrays(x, y)"),
+    "evaluate": ([], "data without samples", "at least one sample"),
+    "metrics": ([mean_error], "(list)", "a dict of name -> function"),
+    "batch_size": (0, "0 (int)", "a whole number of at least 1"),
+    "epochs": (1.5, "1.5 (float)", "a whole number of at least 1"),
+    "seed": (-1, "-1 (int)", "a whole number of at least 0"),
+    "count": (3, "3 (int)", "a function, or None"),
+    "schedule": ("cosine", "'cosine' (str)", "a function, or None"),
+    "clip_norm": (0.0, "0.0 (float)", "a number above 0, or None"),
+    "precision": ("float16", "'float16' (str)", "float32, float64, bfloat16"),
+    "device": ("tpu", "'tpu' (str)", "auto, cpu or cuda"),
+}
+
+
+def test_a_good_job_is_accepted() -> None:
+    job = tricorn.Job(**GOOD)
+    assert (job.seed, job.precision, job.device) == (0, "float32", "auto")
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_mistake_names_field_given_and_cure(field: str) -> None:
+    value, given_text, would_do = BAD[field]
+    with pytest.raises(JobError) as caught:
+        tricorn.Job(**{**GOOD, field: value})
+    (problem,) = caught.value.problems
+    assert problem.field == field
+    assert given_text in problem.given
+    assert would_do in problem.would_do
+    assert str(problem) in str(caught.value)
+
+
+@given(st.sets(st.sampled_from(sorted(BAD)), min_size=1))
+def test_all_mistakes_are_told_together(fields: set[str]) -> None:
+    with pytest.raises(JobError) as caught:
+        tricorn.Job(**{**GOOD, **{field: BAD[field][0] for field in fields}})
+    assert {problem.field for problem in caught.value.problems} == fields
+    assert str(caught.value).count("\n  - ") == len(fields)
+
+
+@given(
+    st.one_of(
+        st.none(), st.booleans(), st.floats(), st.text(), st.binary(), st.lists(st.integers()), st.integers(max_value=0)
+    )
+)
+def test_no_value_of_another_kind_passes_for_a_number_of_samples(value: Any) -> None:
+    with pytest.raises(JobError, match="batch_size: given"):
+        tricorn.Job(**{**GOOD, "batch_size": value})
+
+
+def test_an_optimizers_mistakes_carry_its_name() -> None:
+    with pytest.raises(JobError) as caught:
+        tricorn.Job(**{**GOOD, "optimizer": tricorn.optim.Adam(lr=-1.0, betas=(0.9, 2.0))})
+    assert [problem.field for problem in caught.value.problems] == ["optimizer.lr", "optimizer.betas"]
+
+
+def test_metrics_need_data_to_judge() -> None:
+    with pytest.raises(JobError, match="metrics: given error without evaluate"):
+        tricorn.Job(**{**GOOD, "evaluate": None})
+
+
+def test_a_metric_that_is_no_function_is_named() -> None:
+    with pytest.raises(JobError, match=r"metrics\['error'\]: given 0.5"):
+        tricorn.Job(**{**GOOD, "metrics": {"error": 0.5}})
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(TypeError, match="learning_rate"):
+        tricorn.Job(**GOOD, learning_rate=0.1)
