@@ -249,31 +249,6 @@ def test_wishes_counts_and_bytes_are_agreed(crew):
     assert team.trainers[0].bytes_sent == sent
 
 
-class Dropping(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(F.dropout(x, 0.5, self.training))
-
-
-def test_dropout_repeats_when_a_step_is_run_again(crew):
-    trap = Trap()
-    calm, team = crew(job(model=Dropping), 1), crew(job(model=Dropping, loss=trap), 1)
-    for each in (calm, team):
-        each.join("initial")
-    losses = calm.train()
-    assert len(set(losses)) == STEPS
-    team.train(0, 3)
-    trap.arm(team.trainers[0].interrupt)
-    inputs, target = (tensor[30:40] for tensor in team.job.train.tensors)
-    assert isinstance(team.step(3, inputs, target)[0], PeerLost)
-    team.join("keep", 3)
-    team.train(3)
-    assert_equal(team.states(), calm.states()[0])
-
-
 def test_evaluate_judges_each_share_where_there_is_one(crew):
     team = crew(job(), 3)
     team.join("initial")

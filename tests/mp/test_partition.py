@@ -152,6 +152,13 @@ class Chancing(Setting):
         return self.b(self.a(x)) if torch.rand(1).item() < 0.5 else self.a(x)
 
 
+class Freezing(Setting):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.a(x)
+        return self.b(x)
+
+
 class Switching(Setting):
     def forward(self, x):
         return self.b(self.a(x)) if self.training else self.a(x)
@@ -175,6 +182,10 @@ def _hooked():
         (Drawing, "forward of Drawing uses Python's random numbers; make it a plain chain"),
         (Making, r"forward of Making makes a tensor by itself \(ones\); make it a plain chain"),
         (Chancing, r"forward of Chancing makes a tensor by itself \(rand\); make it a plain chain"),
+        (
+            Freezing,
+            r"Freezing cannot be followed .*\(it turns gradients or autocast on or off\); make it a plain chain",
+        ),
         (Switching, r"forward of Switching takes other steps in eval\(\) than in train\(\); make it a plain chain"),
         (Functions, r"no module of Functions.pipeline_blocks\(\) holds b.weight, b.bias; list the modules that do"),
         (_hooked, "Sequential has hooks, which no stage would run; register them on its submodules"),
@@ -204,6 +215,29 @@ def test_a_model_that_cannot_be_cut_often_enough_says_what_to_change(models, nam
     found = blocks(model, stages)
     assert re.match(message, refusal(model, found, stages))
     assert refusal(model, found, 1) is None
+
+
+def test_a_step_whose_result_nobody_needs_and_inputs_given_by_name():
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, mask, x, *rest, scale=2.0):
+            torch.relu(x)
+            y = self.a(x)
+            y.mul_(scale)
+            return {"y": self.b(y), "double": y * 2}
+
+    model, x = Checked(), torch.randn(3, 6)
+    found = blocks(model, 2)
+    cut = legal_cuts(found)[-1]
+    first, last = Stage(model, found, 0, cut, CPU), Stage(model, found, cut, len(found), CPU)
+    made = last(first({"mask": None, "x": x}))
+    assert {name: torch.equal(made[name], value) for name, value in model(None, x).items()} == {
+        "y": True,
+        "double": True,
+    }
 
 
 def test_tied_blocks_that_stand_side_by_side_go_to_one_stage():

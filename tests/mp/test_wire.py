@@ -39,8 +39,8 @@ def test_a_header_says_what_comes(value):
         (3, "a int"),
         ((torch.zeros(1), 3), "a tuple of more than tensors"),
         ((torch.zeros(1),) * (wire.MAX_TENSORS + 1), "more than 8 tensors"),
-        (torch.zeros([1] * (wire.MAX_DIMS + 1)), "more than 8 dims"),
-        (torch.zeros(1).to_sparse(), "an unusual type"),
+        (torch.zeros([1] * (wire.MAX_DIMS + 1)), "more than 8 tensors or 8 dims"),
+        (torch.zeros(1).to_sparse(), "a tensor of torch.float32 and torch.sparse_coo"),
     ],
 )
 def test_what_cannot_travel(value, why):

@@ -214,6 +214,17 @@ def test_a_new_life_of_a_worker_takes_the_place_of_the_old(attacked: Attacked) -
         assert Header.unpack(receive_exactly(new, HEADER.size)).op == Op.DONE
 
 
+def test_who_is_turned_away_while_still_sending_hears_why(attacked: Attacked) -> None:
+    """A close in the middle of what it sends would reset the connection, and the reason would be lost."""
+    with attacked.dial() as sock:
+        sock.settimeout(10)
+        sock.sendall(Header(99).pack() + bytes(20 << 20))
+        said = bytearray()
+        while part := sock.recv(1 << 16):  # to the end, which the server makes
+            said += part
+    assert "no request of kind 99" in str(complaint(bytes(said)))
+
+
 def test_crowds_of_strangers_do_not_keep_workers_out(attacked: Attacked) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(3 * MAX_STRANGERS):
@@ -298,6 +309,15 @@ def test_a_description_must_make_sense(cluster: Build) -> None:
         sock.sendall(Header(Op.CREATE, length=len(document)).pack() + document)
         said = outcome(sock)
         assert (complaint(said) is None) == (document == good), (document[:200], said)
+
+
+def test_a_description_over_the_limit_is_not_read(cluster: Build) -> None:
+    run = cluster(make_job(), workers=1)
+    run.begin("initial")
+    claim = {"channel": "ps", "rank": 0, "incarnation": 1, "epoch": run.epoch}
+    sock = connect(run.servers[0].address, SECRET, claim)
+    sock.sendall(Header(Op.CREATE, length=MAX_DOCUMENT + 1).pack())
+    assert f"{MAX_DOCUMENT + 1} bytes" in str(complaint(outcome(sock)))
 
 
 def test_a_slice_larger_than_the_machine_is_refused_with_the_remedy(cluster: Build) -> None:

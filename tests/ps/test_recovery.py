@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -47,7 +46,7 @@ def play(run: Cluster, events: list[tuple[str, int, int]]) -> None:
                 for each in run.trainers:
                     norms[server] = receive_header(each._client._sockets[server], Op.ACK).numbers[5]
         else:
-            numbers = (trainer._scale(math.sqrt(norms[0] + norms[1])), trainer._lr(FIRST))
+            numbers = (trainer._scale(norms[0] + norms[1]), trainer._lr(FIRST))
             send(sock, Header(Op.PULL, version=FIRST + 1, numbers=numbers))
             assert receive_header(sock, Op.WEIGHTS).version == FIRST + 1
             sock.recv(len(part))

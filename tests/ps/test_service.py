@@ -26,7 +26,6 @@ class Table:
     def __init__(self, workers: int, consistency: Consistency, staleness: int = 0) -> None:
         self.replies: dict[int, list[Op]] = defaultdict(list)
         self.service = Service(self)
-        self.workers = workers
         self.talks: dict[int, Conversation] = {}
         self.description = msgspec.json.encode(
             Description(
@@ -37,8 +36,6 @@ class Table:
         self.service.begin(Beginning(1, 0, "initial", None, workers, 0, ()))
         for rank in range(workers):
             self.talks[rank] = self.service.converse(rank)
-            self.wanted = next(self.talks[rank])
-        self.buffers = {rank: memoryview(bytearray(0)) for rank in range(workers)}
 
     def create(self) -> None:
         assert self.say(0, Header(Op.CREATE), self.description)

@@ -47,10 +47,10 @@ def test_plain_lines_are_sparse_and_tell_each_epoch() -> None:
     assert stream.getvalue().splitlines() == [
         "ps with 2 workers and 1 server: 40 steps",
         "step 15/40  epoch 1/2  loss 0.0667  50 samples/s  50.0 s left",
-        "epoch 1/2 done  loss 0.0500  50 samples/s  accuracy 0.9",
+        "epoch 1/2 done  loss 0.0500  50 samples/s  evaluation accuracy 0.9",
         "step 35/40  epoch 2/2  loss 0.0286  50 samples/s  10.0 s left",
-        "epoch 2/2 done  loss 0.0250  50 samples/s  accuracy 0.95",
-        "done: 40 steps, 4,000 samples in 1 min 20 s (50 samples/s)  loss 0.25  accuracy 0.98",
+        "epoch 2/2 done  loss 0.0250  50 samples/s  evaluation accuracy 0.95",
+        "done: 40 steps, 4,000 samples in 1 min 20 s (50 samples/s)  loss 0.25  evaluation accuracy 0.98",
         "run: runs/one",
     ]
 
@@ -93,7 +93,7 @@ def test_a_terminal_shows_a_bar_and_is_left_clean(monkeypatch: pytest.MonkeyPatc
     train(shown, clock, evaluate=True)
     written = stream.getvalue()
     assert "15/40 epoch 1/2  loss 0.0667  50 samples/s  50.0 s left" in written
-    assert "epoch 2/2 done  loss 0.0250  50 samples/s  accuracy 0.95\n" in written
+    assert "epoch 2/2 done  loss 0.0250  50 samples/s  evaluation accuracy 0.95\n" in written
     assert written.endswith("run: runs/one\n")
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # the cursor is shown again
     shown.close()

@@ -91,7 +91,7 @@ def missing() -> list[dict[str, str]]:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, int) and value > GIB:
+    if isinstance(value, int) and value > 2**20:
         return f"{value / GIB:.1f} GiB"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"

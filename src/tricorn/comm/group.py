@@ -141,6 +141,10 @@ class Group:
             work(local)
             if not flat.is_cpu:
                 flat.copy_(local)
+        except PeerLost as error:
+            self._hang_up(str(error))
+            # If this side hung up first, its reason says more than the connection that broke.
+            raise PeerLost(self._lost) from None
         except BaseException as error:
             self._hang_up(f"the group has failed: {error}")
             raise

@@ -6,6 +6,7 @@ secret is filed under what its claim says: membership epoch, channel, rank.
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import socket
 import threading
@@ -14,7 +15,7 @@ import time
 import msgspec
 
 from tricorn.comm import auth, sockets
-from tricorn.errors import PeerLost, ProtocolError, TricornError
+from tricorn.errors import PeerLost, TricornError
 
 # Handshakes under way at once. One more, and the oldest is dropped: a real one lasts a millisecond, so the oldest
 # is a stranger that holds a place.
@@ -101,31 +102,22 @@ class PeerListener:
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
-
-            def drop(caller: _Caller) -> socket.socket:
-                selector.unregister(caller.sock)
-                del callers[caller]
-                return caller.sock
-
             while not self._closed:
                 patience = max(0.0, next(iter(callers)).deadline - time.monotonic()) if callers else None
                 for key, _ in selector.select(patience):
-                    if key.fileobj is self._socket:
-                        if caller := self._answer():
-                            callers[caller] = None
-                            selector.register(caller.sock, selectors.EVENT_READ, caller)
-                    elif key.data in callers:
-                        try:
-                            if claim := key.data.advance():
-                                self._file(claim, drop(key.data))
-                        except (OSError, TricornError):
-                            drop(key.data).close()
+                    if key.fileobj is self._socket and (caller := self._answer()):
+                        callers[caller] = None
+                        selector.register(caller.sock, selectors.EVENT_READ, caller)
+                    elif key.data is not None:
+                        key.data.advance()
                 now, excess = time.monotonic(), len(callers) - MAX_CALLERS
                 for place, caller in enumerate([*callers]):
-                    if place < excess or caller.deadline <= now:
-                        drop(caller).close()
-            for caller in [*callers]:
-                drop(caller).close()
+                    if caller.done or place < excess or caller.deadline <= now:
+                        selector.unregister(caller.sock)
+                        del callers[caller]
+                        self._file(caller)
+        for caller in callers:
+            caller.sock.close()
 
     def _answer(self) -> _Caller | None:
         try:
@@ -137,32 +129,34 @@ class PeerListener:
             return None
         return _Caller(sock, self._secret)
 
-    def _file(self, claim: Claim, sock: socket.socket) -> None:
+    def _file(self, caller: _Caller) -> None:
         with self._changed:
-            if claim.epoch < self._newest:
-                sock.close()
+            if caller.claim is None or caller.claim.epoch < self._newest:
+                caller.sock.close()
                 return
-            if claim in self._filed:  # it dialled again: only the last connection is alive
-                self._filed[claim].close()
-            sock.setblocking(True)
-            self._filed[claim] = sock
+            if caller.claim in self._filed:  # it dialled again: only the last connection is alive
+                self._filed[caller.claim].close()
+            caller.sock.setblocking(True)
+            self._filed[caller.claim] = caller.sock
             self._changed.notify_all()
 
 
 class _Caller:
-    """One handshake under way, on a socket that never blocks."""
+    """One handshake under way, on a socket that never blocks. When it is ``done``, a good caller has a claim."""
 
     def __init__(self, sock: socket.socket, secret: bytes) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.deadline = time.monotonic() + sockets.HANDSHAKE_SECONDS
+        self.done = False
+        self.claim: Claim | None = None
         self._steps = auth.answer(secret)
         self._next = next(self._steps)
         self._received = b""
 
-    def advance(self) -> Claim | None:
-        """Go on with what has arrived; the claim once it is proved. An OSError or TricornError ends the call."""
+    def advance(self) -> None:
+        """Go on with what has arrived."""
         try:
             while True:
                 if isinstance(self._next, bytes):
@@ -177,9 +171,10 @@ class _Caller:
                 received, self._received = self._received, b""
                 self._next = self._steps.send(received)
         except BlockingIOError:
-            return None
-        except StopIteration as done:
-            try:
-                return msgspec.convert(done.value, Claim)
-            except msgspec.ValidationError as error:
-                raise ProtocolError(f"the caller's claim cannot be read: {error}") from None
+            return
+        except StopIteration as proved:
+            with contextlib.suppress(msgspec.ValidationError):
+                self.claim = msgspec.convert(proved.value, Claim)
+        except (OSError, TricornError):
+            pass
+        self.done = True

@@ -1,4 +1,4 @@
-"""Blocking sockets: whole reads and writes, the handshake, and a connection that is refused in time."""
+"""Blocking sockets: listening, dialling with the handshake, and whole reads."""
 
 from __future__ import annotations
 
@@ -25,24 +25,8 @@ def connect(
         sock = socket.create_connection(address, timeout=timeout)
     except OSError as error:
         raise PeerLost(f"nobody answers at {address[0]}:{address[1]}: {error}") from None
-    return _handshake(sock, auth.dial(secret, claim))[0]
-
-
-def accept(
-    listener: socket.socket, secret: bytes, *, timeout: float | None = None
-) -> tuple[socket.socket, dict[str, Any]]:
-    """Take the next caller and its proved claim. Raises as ``connect`` does, for a caller that fails."""
-    listener.settimeout(timeout)
-    try:
-        sock, _ = listener.accept()
-    except OSError as error:
-        raise PeerLost(f"nobody called: {error}") from None
-    sock.settimeout(HANDSHAKE_SECONDS)
-    return _handshake(sock, auth.answer(secret))
-
-
-def _handshake(sock: socket.socket, steps: auth.Steps) -> tuple[socket.socket, Any]:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    steps = auth.dial(secret, claim)
     try:
         wanted = next(steps)
         while True:
@@ -51,9 +35,9 @@ def _handshake(sock: socket.socket, steps: auth.Steps) -> tuple[socket.socket, A
             else:
                 sock.sendall(wanted)
                 wanted = next(steps)
-    except StopIteration as done:
+    except StopIteration:
         sock.settimeout(None)
-        return sock, done.value
+        return sock
     except OSError as error:
         sock.close()
         raise PeerLost(f"the handshake broke off: {error}") from None

@@ -33,11 +33,20 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 # From a worker or server.
 
 
+class Evaluated(Message, frozen=True, kw_only=True):
+    """A share of one evaluation: name -> (sum, weight)."""
+
+    epoch: int
+    step: int
+    samples: int
+    sums: dict[str, tuple[float, float]]
+
+
 class Ready(Message, frozen=True, kw_only=True):
     """I have stopped and wait for ``epoch`` to begin.
 
     ``held``: the steps I could go on from with my part. ``applied``: of a server of an asynchronous run, all steps
-    that its part holds.
+    that its part holds. ``evaluated``: my shares of the last evaluations, should they have been lost on the way.
     """
 
     epoch: int
@@ -45,6 +54,7 @@ class Ready(Message, frozen=True, kw_only=True):
     held: list[int]
     address: Address
     applied: list[tuple[int, int]] = []
+    evaluated: list[Evaluated] = []
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -79,15 +89,6 @@ class Trained(Message, frozen=True, kw_only=True):
     epoch: int
     step: int
     loss: float
-
-
-class Evaluated(Message, frozen=True, kw_only=True):
-    """A share of one evaluation: name -> (sum, weight)."""
-
-    epoch: int
-    step: int
-    samples: int
-    sums: dict[str, tuple[float, float]]
 
 
 class Saved(Message, frozen=True, kw_only=True):

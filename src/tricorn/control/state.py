@@ -10,8 +10,7 @@ on together from the newest step that is wholly held (resume.py), or else from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -105,12 +104,6 @@ class End(NamedTuple):
 Instruction = Send | Tell | BeginEpoch | Commit | Publish | Measured | Trace | End
 
 
-@dataclass
-class _Evaluation:
-    samples: int = 0
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-
 class Coordinator:
     """Each method is an event; it returns the instructions that follow, in order.
 
@@ -135,7 +128,7 @@ class Coordinator:
         self._newest_checkpoint = newest_checkpoint
         self._saved = -1
         self._saving: dict[int, dict[str, list[m.File]]] = {}
-        self._evaluation: dict[int, _Evaluation] = {}
+        self._evaluation: dict[int, dict[str, m.Evaluated]] = {}  # by step and role
         self._leases: Leases | None = None
         self._task = ""  # of an asynchronous run that stands still: evaluate or save
         self._generation = 0
@@ -302,7 +295,7 @@ class Coordinator:
             self.committed = self._leases.committed
         step = len(self.committed)
         self._saving.clear()
-        self._evaluation.clear()
+        self._evaluation = {s: shares for s, shares in self._evaluation.items() if s <= step}
         self._task = ""
         self._saved_at, self._save_wished = now, False
         self.phase = "running"
@@ -318,6 +311,10 @@ class Coordinator:
             evaluate=self._evaluation_due(step), saved=self._saved,
         )  # fmt: skip
         self._out += [Send(role, begin) for role in self.members.roles]
+        for role, report in ready.items():
+            for share in report.evaluated:
+                if share.step <= step:
+                    self._judge(role, share)
         if self.facts.synchronous and self._stopping:
             self._out.append(Send("worker-0", m.Wish(checkpoint=False, stop=True)))
         self._advance(now)
@@ -352,7 +349,7 @@ class Coordinator:
             case m.Trained():
                 self._out.append(Trace(message.step, message.loss))
             case m.Evaluated():
-                self._judge(message)
+                self._judge(member.role, message)
             case m.Saved():
                 self._save(member.role, message, now)
             case m.Finished():
@@ -378,18 +375,17 @@ class Coordinator:
         at_boundary = step > 0 and (step % self.facts.steps_per_epoch == 0)
         return bool(self.facts.evaluation_samples) and at_boundary and step not in self._evaluated
 
-    def _judge(self, message: m.Evaluated) -> None:
-        total = self._evaluation.setdefault(message.step, _Evaluation())
-        total.samples += message.samples
-        for name, (value, weight) in message.sums.items():
-            value_sum, weight_sum = total.sums.get(name, (0.0, 0.0))
-            total.sums[name] = (value_sum + value, weight_sum + weight)
-        if total.samples == self.facts.evaluation_samples:
-            del self._evaluation[message.step]
-            self._evaluated.add(message.step)
-            values = {name: value / weight for name, (value, weight) in total.sums.items() if weight}
-            self._out.append(Measured(message.step, values))
-            self._out.append(Tell(m.Evaluation(step=message.step, values=values)))
+    def _judge(self, role: str, share: m.Evaluated) -> None:
+        if share.step in self._evaluated:
+            return
+        shares = self._evaluation.setdefault(share.step, {})
+        shares[role] = share
+        if sum(s.samples for s in shares.values()) == self.facts.evaluation_samples:
+            del self._evaluation[share.step]
+            self._evaluated.add(share.step)
+            values = _means(shares.values())
+            self._out.append(Measured(share.step, values))
+            self._out.append(Tell(m.Evaluation(step=share.step, values=values)))
             if self._task == "evaluate":
                 self._task = ""
 
@@ -459,6 +455,16 @@ class Coordinator:
     def _take(self) -> list[Instruction]:
         out, self._out = self._out, []
         return out
+
+
+def _means(shares: Iterable[m.Evaluated]) -> dict[str, float]:
+    """Sums over sums of weights, in the order in which the shares come: that of the ranks does not matter."""
+    totals: dict[str, tuple[float, float]] = {}
+    for share in shares:
+        for name, (value, weight) in share.sums.items():
+            value_sum, weight_sum = totals.get(name, (0.0, 0.0))
+            totals[name] = (value_sum + value, weight_sum + weight)
+    return {name: value / weight for name, (value, weight) in totals.items() if weight}
 
 
 _SOURCES = {

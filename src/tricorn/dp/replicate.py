@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,8 +55,9 @@ class ReplicaTrainer:
             self._group.interrupt()
         match seat.source:
             case "initial":
-                if self.held() != 0:
+                if self._state.step or not self._whole:
                     self._build()
+                self._whole = True
             case "checkpoint":
                 assert seat.checkpoint is not None
                 self._whole = False
@@ -76,8 +76,6 @@ class ReplicaTrainer:
         assert group is not None
         assert step == self.held()
         lr = self._job.optimizer.lr * (self._job.schedule(step) if self._job.schedule else 1.0)
-        # Masks of dropout differ between ranks and steps, and are the same when a step is run again.
-        torch.manual_seed(zlib.crc32(f"{self._job.seed}/{step}/{self._context.rank}".encode()))
         buffers = [buffer.clone() for buffer in state.module.buffers()]
         try:
             outcome = self._agree(group, batch, wishes)
@@ -125,7 +123,7 @@ class ReplicaTrainer:
     def _build(self) -> None:
         self._state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
         self._sum = GradientSum(self._state)
-        self._whole = True
+        self._whole = False  # until it is said that the initial weights are those to go on from
 
     def _agree(self, group: Group, batch: Batch, wishes: Wishes) -> Outcome:
         """Sum gradients, loss and wishes over all workers."""

@@ -58,7 +58,7 @@ def work(spec: RoleSpec, job: Job) -> int:
     torch.set_num_threads(spec.plan.threads or max(1, (os.cpu_count() or 1) // spec.plan.workers))
     rank = rank_of(spec.role)
     listener = PeerListener(spec.secret)
-    orders = Orders()
+    orders = Orders(listener.announce)
     link = _link(spec, orders.handle, orders.bytes_sent)
     link.open()
     try:

@@ -79,17 +79,25 @@ class _Tracer(fx.Tracer):
     def __init__(self, follows: Follows) -> None:
         super().__init__()
         self._follows = follows
+        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._follows(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise PlanError("it turns gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH):
             frame = frame.f_back
         node.meta["at"] = _called_from(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
+
+
+def _modes() -> tuple[bool, ...]:
+    """What a ``with`` statement of the user's can switch for the steps under it, of which no step would know."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
 class _Watch(TorchFunctionMode):
@@ -148,7 +156,8 @@ class _Span(NamedTuple):
     """Steps of a graph from one value that is alone in use to the next."""
 
     name: str
-    given: tuple[fx.Node, ...]  # the model's inputs, or the one value
+    first: bool
+    given: tuple[fx.Node, ...]  # of the first span the model's inputs, of the others the one value
     steps: tuple[fx.Node, ...]
     wanted: Any  # the one value, or the model's output: a node, or nodes in tuples and dicts
 
@@ -166,7 +175,7 @@ def _spans(graph: fx.Graph) -> Iterator[_Span]:
         if last or (len(live) == 1 and not all(u.target is operator.getitem for value in live for u in value.users)):
             wanted = output if last else next(iter(live))
             name = node.name if node.op == "call_function" else str(node.target)
-            yield _Span(name, given, tuple(steps[start : index + 1]), wanted)
+            yield _Span(name, start == 0, given, tuple(steps[start : index + 1]), wanted)
             given, start = (wanted,), index + 1
 
 
@@ -180,7 +189,6 @@ class _Part(nn.Module):
         super().__init__()
         self._spans = in_training, in_evaluation
         self._signature = inspect.signature(model.forward)
-        self._whole = in_training.given and in_training.given[0].op == "placeholder"
         modules = [str(node.target) for node in in_training.steps if node.op == "call_module"]
         self.submodules = nn.ModuleDict({_key(name): model.get_submodule(name) for name in modules})
         for span in self._spans:
@@ -196,7 +204,7 @@ class _Part(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         span = self._spans[0 if self.training else 1]
         values = {node: getattr(self, _key(node.target)) for node in _attributes(span)}
-        if self._whole:
+        if span.first:
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
             values |= {node: bound.arguments[str(node.target).lstrip("*")] for node in span.given}

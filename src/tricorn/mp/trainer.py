@@ -17,6 +17,7 @@ from tricorn.mp.partition import Stage, blocks
 from tricorn.mp.pipeline import Pipeline
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.state.flat import FlatState, build_model, device_of
+from tricorn.state.gradient import squared_norm
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
 
@@ -159,7 +160,7 @@ class PipelineTrainer:
         assert self._state is not None
         square = 0.0
         if self._job.clip_norm is not None:
-            square = torch.linalg.vector_norm(self._state.grads_N, dtype=torch.float64).square().item()
+            square = squared_norm(self._state.grads_N)
         samples = batch.samples if self._context.rank == 0 else 0
         status = torch.tensor([loss_sum, count, samples, square, *wishes], dtype=torch.float64)
         self._group.all_reduce_now(status)

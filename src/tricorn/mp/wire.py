@@ -39,8 +39,10 @@ def obstacle(value: Any) -> str | None:
     parts = tensors(value)
     if not all(isinstance(part, Tensor) for part in parts):
         return "a tuple of more than tensors"
-    if len(parts) > MAX_TENSORS or any(part.ndim > MAX_DIMS or part.dtype not in _DTYPES for part in parts):
-        return f"more than {MAX_TENSORS} tensors, more than {MAX_DIMS} dims, or an unusual type"
+    if len(parts) > MAX_TENSORS or any(part.ndim > MAX_DIMS for part in parts):
+        return f"more than {MAX_TENSORS} tensors or {MAX_DIMS} dims"
+    if unusual := [part for part in parts if part.dtype not in _DTYPES or part.layout != torch.strided]:
+        return f"a tensor of {unusual[0].dtype} and {unusual[0].layout}"
     return None
 
 

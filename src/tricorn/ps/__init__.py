@@ -19,14 +19,8 @@ class ParameterServer:
         from tricorn.state.inspect import batch_statistics
 
         model = build_model(job)
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
-        if not dtypes:
+        if not any(p.requires_grad for p in model.parameters()):
             return "the model has no trainable parameter; set requires_grad on those that shall be trained"
-        if not dtypes <= {"float32"} and not dtypes <= {"float64"}:
-            return (
-                f"the trainable parameters have the types {', '.join(sorted(dtypes))}, and servers hold float32 or "
-                "float64 only; give all of them one of these"
-            )
         layers = batch_statistics(model)
         if layers and plan.workers > 1:
             return (

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tricorn.control.intervals import Intervals
@@ -18,6 +17,7 @@ from tricorn.errors import ProtocolError
 from tricorn.ps.consistency import Bsp, Clocks, Verdict
 from tricorn.ps.table import Table
 from tricorn.ps.wire import DUPLICATE, PEEK, Header, Op, as_bytes
+from tricorn.state.gradient import squared_norm
 from tricorn.state.shards import Piece
 
 
@@ -121,8 +121,7 @@ class Synchronous(_Mode):
         for rank in ranks[1:]:
             mean_S.add_(self._gradients[rank])
         mean_S.div_(max(status[1], 1.0))
-        norm = torch.linalg.vector_norm(mean_S, dtype=torch.float64).item()
-        ack = Header(Op.ACK, step=step, version=step, numbers=(*status, norm * norm))
+        ack = Header(Op.ACK, step=step, version=step, numbers=(*status, squared_norm(mean_S)))
         self._acks = {known: header for known, header in self._acks.items() if known == step - 1} | {step: ack}
         for rank in ranks:
             self._outlet.send(rank, ack)

@@ -86,7 +86,7 @@ class Server:
         """Drop all workers, report all that is applied, and return the steps this server could go on from.
 
         Nothing yet: []. Synchronous: [k], or [k, k + 1] when the sum of step k is complete but not applied.
-        Asynchronous: [generation], as given to ``begin``. No worker is welcome until then.
+        Asynchronous: [generation], as given to ``begin``. No worker is welcome until the next ``begin``.
         """
         return self._call(self._regroup)
 
@@ -124,7 +124,7 @@ class Server:
         return self._call(lambda: self._service.staleness)
 
     def stop(self) -> None:
-        """End ``serve_forever`` and close every connection. A server that has stopped stays stopped."""
+        """Have ``serve_forever`` close every connection and return. A server that has stopped stays stopped."""
         with suppress(ClusterError):
             self._call(self._stop)
 

@@ -17,7 +17,7 @@ from tricorn.ps.client import Ack, Client
 from tricorn.ps.placement import place
 from tricorn.ps.table import Description
 from tricorn.state.flat import FlatParameters, build_model, device_of
-from tricorn.state.gradient import forward, forward_backward
+from tricorn.state.gradient import forward, forward_backward, squared_norm
 from tricorn.state.inspect import batch_statistics
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
@@ -114,10 +114,10 @@ class _Worker:
         factor = self._job.schedule(step) if self._job.schedule else 1.0
         return float(self._job.optimizer.lr * factor)
 
-    def _scale(self, norm: float) -> float:
+    def _scale(self, squared_norm: float) -> float:
         """The factor that bounds a gradient's norm, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
         clip = self._job.clip_norm
-        return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+        return 1.0 if clip is None else min(1.0, clip / (math.sqrt(squared_norm) + 1e-6))
 
 
 class BspTrainer(_Worker):
@@ -167,7 +167,7 @@ class BspTrainer(_Worker):
         scale, lr = 1.0, 0.0
         if ack:
             _check_finite(version - 1, ack.status[0], ack.status[1])
-            scale, lr = self._scale(math.sqrt(ack.squared_norm)), self._lr(version - 1)
+            scale, lr = self._scale(ack.squared_norm), self._lr(version - 1)
         self._step = version
         self._client.pull_version(version, self._weights_N, scale=scale, lr=lr)
         self._flat.weights_N.copy_(self._weights_N)
@@ -193,7 +193,7 @@ class AsyncTrainer(_Worker):
         _check_finite(step, loss_sum, batch.count)
         self._grads_N.div_(max(batch.count, 1))
         if self._job.clip_norm is not None:
-            self._grads_N.mul_(self._scale(torch.linalg.vector_norm(self._grads_N, dtype=torch.float64).item()))
+            self._grads_N.mul_(self._scale(squared_norm(self._grads_N)))
         self._client.push(step, self._versions, self._grads_N, lr=self._lr(step))
         return Outcome(loss_sum, batch.count, batch.samples, wishes)
 

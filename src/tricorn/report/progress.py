@@ -60,7 +60,7 @@ class Progress:
     def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """The epoch (from 0) is over and its evaluation gave these metrics."""
         self._epoch, self._untold = epoch, True
-        self._end_epoch(f"  {_metrics(metrics)}".rstrip())
+        self._end_epoch(_evaluation(metrics))
 
     def notice(self, text: str) -> None:
         """Something a person should know: a role was lost, a checkpoint could not be written."""
@@ -73,7 +73,7 @@ class Progress:
         self._say(
             f"done: {summary['steps']:,} steps, {summary['samples']:,} samples in {duration(summary['seconds'])}"
             f" ({summary['samples_per_second']:,.0f} samples/s)  loss {shown(summary['loss'])}"
-            f"  {_metrics(summary['metrics'])}".rstrip()
+            + _evaluation(summary["metrics"])
         )
         self._say(f"run: {summary['run']}")
 
@@ -156,8 +156,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _metrics(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {shown(float(value))}" for name, value in metrics.items())
+def _evaluation(metrics: Mapping[str, float]) -> str:
+    return "".join(f"  evaluation {name} {shown(float(value))}" for name, value in metrics.items())
 
 
 def _plural(count: int, noun: str) -> str:

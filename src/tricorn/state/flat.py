@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tricorn.job import Job
     from tricorn.optim import Optimizer
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def build_model(job: Job) -> nn.Module:
     """The job's model with the initial weights of its seed, in the job's precision, on the CPU."""
     torch.manual_seed(job.seed)
     model: nn.Module = job.model()
-    return model.to(_DTYPES[job.precision]).train()
+    return model.to(WEIGHT_DTYPES[job.precision]).train()
 
 
 def device_of(job: Job) -> torch.device:

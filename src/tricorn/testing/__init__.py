@@ -1,0 +1,1 @@
+"""Tools for tests of distributed code, for users too: time as a parameter."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from tricorn.worker.saver import Saver
 
 
+KEPT_EVALUATIONS = 100  # how many are told again after a broken line
+
+
 class Regrouping(Exception):
     """A newer membership epoch is forming: leave this one."""
 
@@ -29,8 +34,10 @@ class Regrouping(Exception):
 class Orders:
     """What the coordinator ordered, handed from the link's thread to the worker's."""
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[int], None]) -> None:
+        """``announce`` is told each new membership epoch: connections of older ones are worthless."""
         self.trainer: Trainer | None = None  # until the model is built
+        self._announce = announce
         self._queue: queue.SimpleQueue[m.Order] = queue.SimpleQueue()
         self._returned: m.Order | None = None
         self.epoch = 0  # the newest membership epoch heard of
@@ -46,6 +53,8 @@ class Orders:
             self.wishes = Wishes()
         if isinstance(order, m.Regroup | m.Shutdown) and self.trainer is not None:
             self.trainer.interrupt()
+        if isinstance(order, m.Regroup):
+            self._announce(order.epoch)  # after the interrupt, which ends the epoch announced before
         self._queue.put(order)
 
     def bytes_sent(self) -> int:
@@ -88,6 +97,7 @@ class Loop(ABC):
         self.steps_per_epoch = steps_per_epoch
         self.checkpoint_steps = checkpoint_steps
         self.address = address
+        self._evaluated: deque[m.Evaluated] = deque(maxlen=KEPT_EVALUATIONS)
 
     def run(self) -> None:
         """Until the coordinator says that it is over. Raises what the user's code raises."""
@@ -113,7 +123,12 @@ class Loop(ABC):
     def _ready(self, epoch: int) -> None:
         held = self.trainer.held()
         held_steps = [] if held is None else [held]
-        self.link.send(m.Ready(epoch=epoch, part=self.trainer.part, held=held_steps, address=self.address))
+        self.link.send(
+            m.Ready(
+                epoch=epoch, part=self.trainer.part, held=held_steps, address=self.address,
+                evaluated=list(self._evaluated),
+            )  # fmt: skip
+        )
 
     def go_on(self, epoch: int) -> None:
         """Raises Regrouping if this membership epoch is over."""
@@ -126,7 +141,9 @@ class Loop(ABC):
 
     def evaluate(self, epoch: int, step: int, start: int, stop: int) -> None:
         judge = evaluate(self.job, self.trainer, self.batches, start, stop, lambda: self.go_on(epoch))
-        self.link.send(m.Evaluated(epoch=epoch, step=step, samples=judge.samples, sums=judge.sums))
+        share = m.Evaluated(epoch=epoch, step=step, samples=judge.samples, sums=judge.sums)
+        self._evaluated.append(share)
+        self.link.send(share)
 
 
 def _seat(begin: m.Begin) -> Seat:

@@ -1,0 +1,95 @@
+"""The arithmetic that all strategies share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tricorn import optim
+from tricorn.job import Job
+from tricorn.state.flat import build_model
+from tricorn.state.gradient import forward, forward_backward, placed, squared_norm
+from tricorn.state.inspect import batch_statistics
+from tricorn.strategy import Batch
+
+CPU = torch.device("cpu")
+
+
+def make_job(**changes) -> Job:
+    fields = {
+        "model": lambda: torch.nn.Linear(3, 2),
+        "loss": torch.nn.functional.mse_loss,
+        "optimizer": optim.SGD(lr=0.1),
+        "train": torch.utils.data.TensorDataset(torch.zeros(1, 3), torch.zeros(1, 2)),
+        "batch_size": 1,
+        "epochs": 1,
+    }
+    return Job(**fields | changes)
+
+
+def test_shares_add_up_to_the_gradient_of_the_whole() -> None:
+    job = make_job(precision="float64")
+    inputs, target = torch.randn(7, 3), torch.randn(7, 2)
+    whole, parts = build_model(job), build_model(job)
+    total = forward_backward(job, whole, Batch(inputs, target, 7, 7))
+    sums = [forward_backward(job, parts, Batch(inputs[a:b], target[a:b], b - a, b - a)) for a, b in ((0, 3), (3, 7))]
+    assert sum(sums) == pytest.approx(total, rel=1e-12)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_share_that_counts_for_nothing_adds_nothing() -> None:
+    job = make_job(loss=lambda output, target: output.sum() / 0.0)
+    model = build_model(job)
+    assert forward_backward(job, model, Batch(None, None, 0, 0)) == 0.0
+    assert forward_backward(job, model, Batch(torch.zeros(1, 3), torch.zeros(1, 2), 1, 0)) == 0.0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_values_take_the_precision_of_the_weights_and_keep_their_structure() -> None:
+    job = make_job(precision="float64")
+    value = {"a": torch.zeros(2), "b": (torch.zeros(2, dtype=torch.int64), torch.ones(1, dtype=torch.bool)), "c": 3}
+    got = placed(job, value, CPU)
+    assert [got["a"].dtype, got["b"][0].dtype, got["b"][1].dtype] == [torch.float64, torch.int64, torch.bool]
+    assert got["c"] == 3
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_gradients() -> None:
+    job = make_job(precision="bfloat16")
+    model = build_model(job)
+    batch = Batch(torch.randn(4, 3), torch.randn(4, 2), 4, 4)
+    assert forward(job, model, batch).dtype == torch.bfloat16
+    forward_backward(job, model, batch)
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_exceptions_of_the_users_code_come_out_unwrapped() -> None:
+    class Mine(Exception):
+        pass
+
+    class Broken(torch.nn.Linear):
+        def forward(self, inputs):
+            raise Mine
+
+    job = make_job(model=lambda: Broken(3, 2))
+    with pytest.raises(Mine):
+        forward_backward(job, build_model(job), Batch(torch.zeros(1, 3), torch.zeros(1, 2), 1, 1))
+
+
+def test_layers_that_keep_statistics_of_the_batch_are_found() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4),
+        torch.nn.BatchNorm1d(4),
+        torch.nn.GroupNorm(2, 4),
+        torch.nn.Sequential(torch.nn.InstanceNorm1d(4), torch.nn.InstanceNorm1d(4, track_running_stats=True)),
+        torch.nn.LazyBatchNorm1d(),
+    )
+    assert batch_statistics(model) == ["1", "3.1", "4"]
+    assert batch_statistics(torch.nn.BatchNorm2d(3)) == ["BatchNorm2d"]
+    assert batch_statistics(torch.nn.LayerNorm(3)) == []
+
+
+def test_norms_are_summed_in_float64() -> None:
+    flat = torch.randn(200_000) + 1.0
+    assert squared_norm(flat) == pytest.approx(flat.double().square().sum().item(), rel=1e-12)
+    assert squared_norm(torch.empty(0)) == 0.0
