@@ -76,7 +76,7 @@ class JobFailed(TricornError):
 
 
 class UserCodeError(JobFailed):
-    remedy = "Correct the line named above; `tricorn train --resume RUN` goes on from the last checkpoint."
+    remedy = "Correct it (the traceback is in RUN/logs); `tricorn train --resume RUN` goes on from the last checkpoint."
 
 
 class DataError(JobFailed):

@@ -19,6 +19,8 @@ import msgspec
 
 from tricorn import errors
 from tricorn.comm.auth import new_secret
+from tricorn.control import messages as m
+from tricorn.control.ledger import Ledger
 from tricorn.control.state import Facts
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
 from tricorn.engine.local import LocalEngine
@@ -117,17 +119,16 @@ def execute(
             launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
             ended = launcher.run()
         except KeyboardInterrupt:
-            raise Interrupted("the run was interrupted before it began", remedy="") from None
+            raise Interrupted("the run was interrupted before it began", remedy="Start it again.") from None
+        except TricornError as error:
+            raise _located(error, folder) from error.__cause__
         finally:
             display.close()
             engine.close()
-    if ended.outcome == "failed":
-        raise _error(ended.error, folder)
+    if ended.error is not None:
+        raise _located(_error(ended.error), folder)
     if ended.outcome == "stopped":
-        raise Interrupted(
-            f"the run was interrupted at step {ended.summary['steps']} and is saved",
-            remedy=f"Go on with `tricorn train --resume {folder}`.",
-        )
+        raise _located(Interrupted(f"the run was interrupted at step {ended.summary['steps']} and is saved"), folder)
     display.finished(ended.summary)
     return ended.summary, folder
 
@@ -208,6 +209,7 @@ def _new_folder(runs: Path, job: JobFacts, plan: Plan) -> Path:
 
 
 def _prepare(folder: Path, job: JobFacts, plan: Plan) -> Path:
+    Ledger(folder / "ledger.sqlite", job.order).close()  # is it the same order of samples?
     (folder / "logs").mkdir(exist_ok=True)
     _write_json(folder / "job.json", job)
     _write_json(folder / "plan.json", plan)
@@ -225,18 +227,19 @@ def _write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _error(failed: Any, folder: Path) -> TricornError:
+def _error(failed: m.Failed) -> TricornError:
     """The error that a role told of, as itself."""
-    kind = getattr(errors, failed.kind, errors.ClusterError)
-    kind = (
-        kind
-        if isinstance(kind, type) and issubclass(kind, TricornError) and kind.__init__ is TricornError.__init__
-        else errors.ClusterError
-    )
-    remedy = (failed.remedy or kind.remedy).replace("RUN", str(folder))
-    error: TricornError = kind(failed.message, remedy=remedy, where=failed.where)
-    if failed.trace:
-        error.add_note(f"the whole traceback is in {folder / 'logs'}")
+    kind = getattr(errors, failed.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, TricornError) and kind.__init__ is TricornError.__init__):
+        kind = errors.ClusterError
+    error: TricornError = kind(failed.message, remedy=failed.remedy or None, where=failed.where)
+    return error
+
+
+def _located(error: TricornError, folder: Path | None) -> TricornError:
+    """The error, with the run's folder where its remedy speaks of RUN."""
+    if folder is not None:
+        error.remedy = error.remedy.replace("RUN", os.path.relpath(folder))
     return error
 
 

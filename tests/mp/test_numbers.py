@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -127,3 +131,23 @@ def test_bfloat16_keeps_float32_weights_and_learns(crew, job):
     losses = team.train()
     assert sum(losses[-5:]) < sum(losses[:5])
     assert {trainer._state.weights_N.dtype for trainer in team.trainers} == {torch.float32}
+
+
+def test_nothing_slow_is_imported_to_train(job):
+    """Start-up and recovery wait for every import."""
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import Crew, sequential
+from tricorn import data, optim
+from tricorn.job import Job
+job = Job(model=sequential, loss=torch.nn.functional.cross_entropy, optimizer=optim.SGD(lr=0.1), batch_size=8, epochs=1,
+          train=data.arrays(torch.randn(8, 8), torch.zeros(8, dtype=torch.int64)), device="cpu", clip_norm=1.0)
+crew = Crew(job, 2)
+crew.join("initial")
+crew.train()
+crew.close()
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

@@ -56,7 +56,7 @@ def train(
     if folder is not None:
         facts, old = load_run(folder)
         plan = replanned(old, changes)
-        where = job or facts.file
+        where = job or (f"{facts.file}:{facts.entry}" if facts.file else None)
         if where is None:
             raise UsageError(
                 "this run was started from Python, and has no job file",

@@ -135,12 +135,15 @@ class Ledger:
 
     def exactly_once(self, *, complete: bool = True) -> bool:
         """Whether every sample of every epoch is in the model once; of a run that is not complete, at most once."""
-        low = 1 if complete else 0
-        extra = self._db.execute(
-            "select count(*) from commits where undone is null and epoch >= ?", (self.order.epochs,)
-        ).fetchone()[0]
-        counts = (self.times_committed(epoch) for epoch in range(self.order.epochs))
-        return not extra and all(bool(((low <= c) & (c <= 1)).all()) for c in counts)
+        query = "select epoch, start, stop from commits where undone is null order by epoch, start"
+        rows = np.array(self._db.execute(query).fetchall(), dtype=np.int64).reshape(-1, 3)
+        epoch, start, stop = rows.T
+        follows = (epoch[1:] == epoch[:-1]) & (start[1:] >= stop[:-1])
+        if not (follows | (epoch[1:] > epoch[:-1])).all():
+            return False  # two steps took the same sample
+        samples, epochs = self.order.samples, self.order.epochs
+        inside = bool(((start >= 0) & (stop <= samples) & (epoch < epochs)).all())
+        return inside and (not complete or int((stop - start).sum()) == samples * epochs)
 
     def restarts(self) -> int:
         """How many membership epochs followed the first."""

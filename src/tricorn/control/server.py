@@ -76,7 +76,8 @@ class CoordinatorServer:
             self._record.flush()
 
     async def _caller(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(*_CALLERS_FAULT):
+        # A task cancelled at the end of the run has nobody left to tell.
+        with contextlib.closing(writer), contextlib.suppress(asyncio.CancelledError, *_CALLERS_FAULT):
             claim = await self._introduced(reader, writer)
             if claim.get("role") == "launcher":
                 await self._serve_launcher(reader, writer)

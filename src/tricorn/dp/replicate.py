@@ -12,7 +12,7 @@ from tricorn.comm.group import Group
 from tricorn.dp.buckets import GradientSum
 from tricorn.errors import Diverged
 from tricorn.state.flat import FlatState, build_model, device_of
-from tricorn.state.gradient import forward, forward_backward
+from tricorn.state.gradient import forward, forward_backward, squared_norm
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
 
@@ -30,6 +30,7 @@ class ReplicaTrainer:
         self._job = context.job
         self._group: Group | None = None
         self._sent_before = 0  # by the groups of earlier epochs
+        self._whole = False
         self._build()
 
     @property
@@ -90,8 +91,8 @@ class ReplicaTrainer:
             raise
         state.grads_N.div_(max(outcome.count, 1))
         if self._job.clip_norm is not None:
-            norm = torch.linalg.vector_norm(state.grads_N)
-            state.grads_N.mul_((self._job.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            norm = math.sqrt(squared_norm(state.grads_N))
+            state.grads_N.mul_(min(1.0, self._job.clip_norm / (norm + 1e-6)))
         state.update(lr=lr)
         return outcome
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from tricorn.control.ledger import Order
 from tricorn.control.messages import Address
 from tricorn.control.state import Facts
 from tricorn.plan import Plan
@@ -15,7 +16,8 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the launcher and the coordinator know of a job; goes into ``job.json``."""
 
     name: str
-    file: str | None  # the job file, None for a job that came from Python
+    file: str | None  # the job file and the job's name in it, None for a job that came from Python
+    entry: str
     fingerprint: str
     samples: int
     evaluation_samples: int
@@ -26,6 +28,13 @@ class JobFacts(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     optimizer: dict[str, Any]
     metrics: list[str]
+
+    @property
+    def order(self) -> Order:
+        return Order(
+            seed=self.seed, fingerprint=self.fingerprint, samples=self.samples, batch_size=self.batch_size,
+            epochs=self.epochs,
+        )  # fmt: skip
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):

@@ -131,7 +131,7 @@ class ForkServer:
 
         try:
             self._job = load(order.file, order.name, order.pickle_fd)
-            facts = describe(self._job, order.file)
+            facts = describe(self._job, order.file, order.name)
             warm(self._job, order.plan)
         except UsageError as error:
             self._say(m.failed(error))

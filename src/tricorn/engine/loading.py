@@ -67,12 +67,13 @@ def load(file: str | None, name: str, pickle_fd: int | None) -> Job:
     return found
 
 
-def describe(job: Job, file: str | None) -> JobFacts:
+def describe(job: Job, file: str | None, entry: str) -> JobFacts:
     """What the launcher and the coordinator need to know."""
     source = as_source(job.train)
     return JobFacts(
         name=Path(file).stem if file else getattr(job.model, "__name__", "job").strip("<>"),
         file=str(Path(file).resolve()) if file else None,
+        entry=entry,
         fingerprint=source.fingerprint,
         samples=len(source),
         evaluation_samples=len(job.evaluate) if job.evaluate is not None else 0,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tricorn.control import messages as m
-from tricorn.control.ledger import Order
 from tricorn.control.resume import rank_of
 from tricorn.engine.base import RoleSpec
 from tricorn.errors import TricornError, UserCodeError, users_line
@@ -37,11 +36,7 @@ def coordinate(spec: RoleSpec, listener: socket.socket) -> int:
     from tricorn.control import server
     from tricorn.control.record import Record
 
-    job = spec.job
-    order = Order(
-        seed=job.seed, fingerprint=job.fingerprint, samples=job.samples, batch_size=job.batch_size, epochs=job.epochs
-    )
-    server.serve(spec.facts, Record(Path(spec.folder), order, spec.plan), spec.secret, listener)
+    server.serve(spec.facts, Record(Path(spec.folder), spec.job.order, spec.plan), spec.secret, listener)
     return 0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tricorn.data.sources import as_source
 from tricorn.errors import PlanError
 from tricorn.mp import wire
+from tricorn.mp.backward import backward
 from tricorn.mp.partition import Block, balance, blocks, legal_cuts
 from tricorn.state.flat import build_model, call_model
 from tricorn.state.gradient import autocast, placed
@@ -78,8 +79,8 @@ def _once(job: Job, block: Block, value: Any, device: torch.device, *, first: bo
     started = _now(device)
     with autocast(job, device):
         made = call_model(block.module, given) if first else block.module(given)
-    if wanted := [part for part in _parts(made) if part.requires_grad]:
-        torch.autograd.backward(wanted, [torch.ones_like(part) for part in wanted])
+    wanted = [part for part in _parts(made) if part.requires_grad]
+    backward(wanted, [torch.ones_like(part) for part in wanted])
     return _now(device) - started, made
 
 

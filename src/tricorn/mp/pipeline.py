@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tricorn.mp import wire
+from tricorn.mp.backward import backward
 from tricorn.mp.schedule import one_forward_one_backward, split
 from tricorn.state import gradient
 from tricorn.strategy import Batch
@@ -102,9 +103,7 @@ class Pipeline:
                 torch.autograd.backward(made)
             return
         wanted = [part for part in wire.tensors(made) if part.requires_grad]
-        if wanted:
-            gradients = wire.receive_gradients(self._group, wanted, self._group.rank + 1)
-            torch.autograd.backward(wanted, gradients)
+        backward(wanted, wire.receive_gradients(self._group, wanted, self._group.rank + 1))
 
     def _micro(self, batch: Batch, start: int, stop: int) -> Batch:
         inputs, target = _rows(batch.inputs, start, stop), _rows(batch.target, start, stop)

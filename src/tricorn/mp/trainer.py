@@ -30,7 +30,7 @@ class PipelineTrainer:
     """
 
     def __init__(self, context: Context) -> None:
-        self.part = f"stage{context.rank}"
+        self.part: str | None = f"stage{context.rank}"
         self._context = context
         self._job = context.job
         self._stages = context.plan.workers

@@ -122,13 +122,11 @@ class Loop(ABC):
 
     def _ready(self, epoch: int) -> None:
         held = self.trainer.held()
-        held_steps = [] if held is None else [held]
-        self.link.send(
-            m.Ready(
-                epoch=epoch, part=self.trainer.part, held=held_steps, address=self.address,
-                evaluated=list(self._evaluated),
-            )  # fmt: skip
-        )
+        ready = m.Ready(
+            epoch=epoch, part=self.trainer.part, held=[] if held is None else [held], address=self.address,
+            evaluated=list(self._evaluated),
+        )  # fmt: skip
+        self.link.send(ready)
 
     def go_on(self, epoch: int) -> None:
         """Raises Regrouping if this membership epoch is over."""

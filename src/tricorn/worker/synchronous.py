@@ -21,7 +21,7 @@ class SynchronousLoop(Loop):
             self.evaluate(epoch, begin.step, 0, self.batches.evaluation_samples)
         step, saved, stopped = begin.step, begin.saved, False
         losses: list[float] = []
-        reported = time.monotonic()
+        reported = 0.0  # the first step is told at once
         while step < self.total_steps and not stopped:
             self.go_on(epoch)
             outcome = self._step(step)
