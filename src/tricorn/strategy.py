@@ -47,6 +47,12 @@ class Outcome:
     samples: int
     wishes: Wishes
 
+    @classmethod
+    def of(cls, status: Sequence[float]) -> Outcome:
+        """From the summed ``[loss_sum, count, samples, *wishes]`` in which workers tell their part."""
+        loss_sum, count, samples, *wishes = status
+        return cls(loss_sum, int(count), int(samples), Wishes(*map(int, wishes)))
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -59,6 +65,11 @@ class Seat:
     source: str  # "initial" | "keep" | "peer" | "checkpoint": where this worker's part comes from
     peer: int  # with "peer": the rank that has the state
     checkpoint: Path | None  # with "checkpoint": its folder
+
+
+def even_share(samples: int, rank: int, workers: int) -> tuple[int, int]:
+    """The samples [start, stop) of a global batch that fall to a rank when all get as many, to within one."""
+    return samples * rank // workers, samples * (rank + 1) // workers
 
 
 class Context(NamedTuple):

@@ -4,6 +4,7 @@ from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from .world import Replicas, Servers
 
 seeds = st.integers(0, 2**32)

@@ -11,16 +11,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 
+from tricorn.control import instructions as s
 from tricorn.control import messages as m
-from tricorn.control import state as s
 from tricorn.control.intervals import Intervals
+from tricorn.control.state import Coordinator, Facts
 from tricorn.testing.clock import VirtualClock
 
 SAMPLES_PER_STEP = 10
 
 
-def facts(workers: int, servers: int, *, synchronous: bool) -> s.Facts:
-    return s.Facts(
+def facts(workers: int, servers: int, *, synchronous: bool) -> Facts:
+    return Facts(
         workers=workers, servers=servers, synchronous=synchronous, samples=50, batch_size=SAMPLES_PER_STEP,
         steps_per_epoch=5, total_steps=15, evaluation_samples=12, checkpoint_seconds=4.0, checkpoint_steps=0,
         heartbeat_timeout=10.0, barren_restarts=1000,
@@ -71,7 +72,7 @@ class World:
     # The coordinator and its launcher.
 
     def _boot(self) -> None:
-        self.coordinator = s.Coordinator(
+        self.coordinator = Coordinator(
             self.facts, epoch=self.membership, committed=Intervals(self.committed.pairs),
             evaluated=set(self.evaluated), newest_checkpoint=self._newest,
         )  # fmt: skip

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from tricorn.control import checkpoints
+from tricorn.control.instructions import Checkpoint
 from tricorn.control.intervals import Intervals
 from tricorn.control.ledger import Ledger, Order
 from tricorn.control.messages import File, Progress
-from tricorn.control.state import Checkpoint
 from tricorn.data.order import step_range, steps_per_epoch
 from tricorn.plan import Plan
 

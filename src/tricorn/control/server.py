@@ -12,21 +12,20 @@ from typing import Any
 
 from tricorn.comm import auth
 from tricorn.control import messages as m
-from tricorn.control.record import Record
-from tricorn.control.state import (
+from tricorn.control.instructions import (
     BeginEpoch,
     Checkpoint,
     Commit,
-    Coordinator,
     End,
-    Facts,
     Instruction,
     Measured,
     Publish,
     Send,
     Tell,
     Trace,
-)
+)  # fmt: skip
+from tricorn.control.record import Record
+from tricorn.control.state import Coordinator, Facts
 from tricorn.errors import AuthenticationError, ProtocolError, StorageError
 
 TICK_SECONDS = 0.1

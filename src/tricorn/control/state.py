@@ -11,11 +11,22 @@ on together from the newest step that is wholly held (resume.py), or else from t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import msgspec
 
 from tricorn.control import messages as m
+from tricorn.control.instructions import (
+    BeginEpoch,
+    Checkpoint,
+    Commit,
+    End,
+    Instruction,
+    Measured,
+    Publish,
+    Send,
+    Tell,
+    Trace,
+)  # fmt: skip
 from tricorn.control.intervals import Intervals
 from tricorn.control.leases import Leases
 from tricorn.control.members import Member, Members
@@ -39,69 +50,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout: float = 120.0
     regroup_timeout: float = 60.0
     barren_restarts: int = 8  # restarts without a committed step in between, before the run fails
-
-
-class Checkpoint(NamedTuple):
-    """A published checkpoint: its step, and the steps its state holds."""
-
-    step: int
-    folder: str
-    applied: list[tuple[int, int]]
-
-
-# Instructions.
-
-
-class Send(NamedTuple):
-    role: str
-    message: m.Order
-
-
-class Tell(NamedTuple):
-    """To the launcher."""
-
-    message: m.ToLauncher
-
-
-class BeginEpoch(NamedTuple):
-    """Make durable that this membership epoch begins with exactly these steps in the model."""
-
-    epoch: int
-    committed: Intervals
-    event: str
-
-
-class Commit(NamedTuple):
-    steps: list[int]
-    epoch: int
-
-
-class Publish(NamedTuple):
-    """Write the manifest that makes a checkpoint of these files."""
-
-    step: int
-    files: list[m.File]
-    applied: list[tuple[int, int]]
-
-
-class Measured(NamedTuple):
-    step: int
-    values: dict[str, float]
-
-
-class Trace(NamedTuple):
-    """A line for metrics.jsonl."""
-
-    step: int
-    loss: float
-
-
-class End(NamedTuple):
-    outcome: str
-    error: m.Failed | None
-
-
-Instruction = Send | Tell | BeginEpoch | Commit | Publish | Measured | Trace | End
 
 
 class Coordinator:

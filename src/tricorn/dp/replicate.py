@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from tricorn.comm.group import Group
+from tricorn.comm.peers import Peers
 from tricorn.dp.buckets import GradientSum
-from tricorn.errors import Diverged
 from tricorn.state.flat import FlatState, build_model, device_of
-from tricorn.state.gradient import forward, forward_backward, squared_norm
+from tricorn.state.gradient import (
+    check_finite,
+    clip_factor,
+    forward_backward,
+    judge_share,
+    learning_rate,
+    squared_norm,
+)
 from tricorn.state.shards import CheckpointReader, Piece
-from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
 
 
 class ReplicaTrainer:
@@ -28,62 +34,42 @@ class ReplicaTrainer:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._job = context.job
-        self._group: Group | None = None
-        self._sent_before = 0  # by the groups of earlier epochs
-        self._whole = False
+        self._peers = Peers(context, "dp")
         self._build()
 
     @property
     def bytes_sent(self) -> int:
-        return self._sent_before + (self._group.bytes_sent if self._group else 0)
+        return self._peers.bytes_sent
 
     def held(self) -> int | None:
         return self._state.step if self._whole else None
 
     def join(self, seat: Seat) -> None:
-        self.close()
-        context = self._context
-        context.listener.announce(seat.epoch)
-        self._group = Group(
-            rank=context.rank,
-            addresses=seat.workers,
-            listener=context.listener,
-            secret=context.secret,
-            epoch=seat.epoch,
-            channel="dp",
-        )
-        if context.listener.over(seat.epoch):  # an interrupt that came before there was a group
-            self._group.interrupt()
+        group = self._peers.join(seat)
         match seat.source:
             case "initial":
-                if self._state.step or not self._whole:
+                if not self._untouched:
                     self._build()
                 self._whole = True
             case "checkpoint":
                 assert seat.checkpoint is not None
-                self._whole = False
+                self._whole = self._untouched = False
                 self._state.load(CheckpointReader(seat.checkpoint, seat.step))
                 self._whole = True
             case "peer":
-                self._copy(self._group, seat)
+                self._copy(group, seat)
         assert self.held() == seat.step, f"holds step {self.held()} where the seat says {seat.source} {seat.step}"
 
     def share(self, samples: int) -> tuple[int, int]:
-        rank, workers = self._context.rank, self._context.plan.workers
-        return samples * rank // workers, samples * (rank + 1) // workers
+        return even_share(samples, self._context.rank, self._context.plan.workers)
 
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
-        state, group = self._state, self._group
-        assert group is not None
+        state, group = self._state, self._peers.group
         assert step == self.held()
-        lr = self._job.optimizer.lr * (self._job.schedule(step) if self._job.schedule else 1.0)
         buffers = [buffer.clone() for buffer in state.module.buffers()]
         try:
             outcome = self._agree(group, batch, wishes)
-            assert outcome.samples == samples
-            if not math.isfinite(outcome.loss_sum):
-                mean = outcome.loss_sum / max(outcome.count, 1)
-                raise Diverged(f"the loss of step {step} is {mean}")
+            check_finite(step, outcome)
         except BaseException:
             self._sum.abandon()
             for buffer, before in zip(state.module.buffers(), buffers, strict=True):
@@ -91,39 +77,27 @@ class ReplicaTrainer:
             raise
         state.grads_N.div_(max(outcome.count, 1))
         if self._job.clip_norm is not None:
-            norm = math.sqrt(squared_norm(state.grads_N))
-            state.grads_N.mul_(min(1.0, self._job.clip_norm / (norm + 1e-6)))
-        state.update(lr=lr)
+            state.grads_N.mul_(clip_factor(self._job, squared_norm(state.grads_N)))
+        self._untouched = False
+        state.update(lr=learning_rate(self._job, step))
         return outcome
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
-        if not batch.samples:
-            return
-        model = self._state.module.eval()
-        try:
-            with torch.no_grad():
-                judge(forward(self._job, model, batch), batch)
-        finally:
-            model.train()
+        judge_share(self._job, self._state.module, batch, judge)
 
     def pieces(self) -> Sequence[Piece]:
         return self._state.pieces() if self._context.rank == 0 else []
 
     def interrupt(self) -> None:
-        # In this order: a group that is being built sees one of the two.
-        self._context.listener.interrupt()
-        if group := self._group:
-            group.interrupt()
+        self._peers.interrupt()
 
     def close(self) -> None:
-        if group := self._group:
-            group.close()
-            self._sent_before += group.bytes_sent
-            self._group = None
+        self._peers.leave()
 
     def _build(self) -> None:
         self._state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
         self._sum = GradientSum(self._state)
+        self._untouched = True
         self._whole = False  # until it is said that the initial weights are those to go on from
 
     def _agree(self, group: Group, batch: Batch, wishes: Wishes) -> Outcome:
@@ -132,12 +106,11 @@ class ReplicaTrainer:
         loss_sum = forward_backward(self._job, self._state.module, batch) if batch.samples else 0.0
         status = torch.tensor([loss_sum, batch.count, batch.samples, *wishes], dtype=torch.float64)
         self._sum.finish(status)
-        loss_sum, count, samples, *agreed = status.tolist()
-        return Outcome(loss_sum, int(count), int(samples), Wishes(*map(int, agreed)))
+        return Outcome.of(status.tolist())
 
     def _copy(self, group: Group, seat: Seat) -> None:
         """Take the state from the peer that has it; those that have it too take part, so that no one needs to know."""
-        self._whole = False
+        self._whole = self._untouched = False
         for tensor in (*self._state.tensors().values(), *self._state.module.buffers()):
             sent = tensor.contiguous()
             group.broadcast(sent, seat.peer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,13 +9,13 @@ from typing import Any
 import torch
 
 from tricorn.comm.group import Group
-from tricorn.errors import Diverged
+from tricorn.comm.peers import Peers
 from tricorn.mp.measure import choose_cuts
 from tricorn.mp.partition import Stage, blocks
 from tricorn.mp.pipeline import Pipeline
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.state.flat import FlatState, build_model, device_of
-from tricorn.state.gradient import squared_norm
+from tricorn.state.gradient import check_finite, clip_factor, learning_rate, squared_norm
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
 
@@ -36,8 +34,7 @@ class PipelineTrainer:
         self._stages = context.plan.workers
         self._microbatches = microbatches_of(context.plan, context.job.batch_size)
         self._device = device_of(context.job)
-        self._group: Group | None = None
-        self._sent_before = 0  # by the groups of earlier epochs
+        self._peers = Peers(context, "mp")
         self._cuts: tuple[int, ...] | None = None
         self._stage: Stage | None = None
         self._state: FlatState | None = None
@@ -45,37 +42,26 @@ class PipelineTrainer:
 
     @property
     def bytes_sent(self) -> int:
-        return self._sent_before + (self._group.bytes_sent if self._group else 0)
+        return self._peers.bytes_sent
 
     def held(self) -> int | None:
         return None if self._state is None else self._state.step
 
     def join(self, seat: Seat) -> None:
         """Take the seat. Besides PeerLost, raises PlanError if the model cannot be cut, and CheckpointDamaged."""
-        self.close()
+        self._pipeline = None
         if seat.source != "keep":
             # Nothing is held until the new state is whole: the old one may be cut elsewhere.
             self._stage = self._state = None
-        context = self._context
-        context.listener.announce(seat.epoch)
-        self._group = Group(
-            rank=context.rank,
-            addresses=seat.workers,
-            listener=context.listener,
-            secret=context.secret,
-            epoch=seat.epoch,
-            channel="mp",
-        )
-        if context.listener.over(seat.epoch):  # an interrupt that came before there was a group
-            self._group.interrupt()
-        known, self._cuts = self._cuts, self._agree_on_cuts(self._group)
+        group = self._peers.join(seat)
+        known, self._cuts = self._cuts, self._agree_on_cuts(group)
         if seat.source == "keep":
             assert self._cuts == known, "stages that are all kept are cut alike"
         else:
             self._build(self._cuts, seat)
         assert self.held() == seat.step, f"holds step {self.held()} where the seat says {seat.source} {seat.step}"
         assert self._stage is not None
-        self._pipeline = Pipeline(self._job, self._stage, self._group, self._microbatches)
+        self._pipeline = Pipeline(self._job, self._stage, group, self._microbatches)
 
     def share(self, samples: int) -> tuple[int, int]:
         # The first stage needs the inputs and the last the targets.
@@ -87,17 +73,11 @@ class PipelineTrainer:
         assert state is not None
         assert pipeline is not None
         assert step == state.step
-        lr = self._job.optimizer.lr * (self._job.schedule(step) if self._job.schedule else 1.0)
-        # Masks of dropout differ between stages and steps, and are the same when a step is run again.
-        torch.manual_seed(zlib.crc32(f"{self._job.seed}/{step}/{self._context.rank}".encode()))
         buffers = [buffer.clone() for buffer in state.module.buffers()]
         try:
             loss_sum, count = pipeline.train(batch, samples)
-            outcome, norm = self._agree(loss_sum, count, batch, wishes)
-            assert outcome.samples == samples
-            if not math.isfinite(outcome.loss_sum):
-                mean = outcome.loss_sum / max(outcome.count, 1)
-                raise Diverged(f"the loss of step {step} is {mean}")
+            outcome, square = self._agree(loss_sum, count, batch, wishes)
+            check_finite(step, outcome)
         except BaseException:
             state.grads_N.zero_()
             for buffer, before in zip(state.module.buffers(), buffers, strict=True):
@@ -105,8 +85,8 @@ class PipelineTrainer:
             raise
         state.grads_N.div_(max(outcome.count, 1))
         if self._job.clip_norm is not None:
-            state.grads_N.mul_(min(1.0, self._job.clip_norm / (norm + 1e-6)))
-        state.update(lr=lr)
+            state.grads_N.mul_(clip_factor(self._job, square))
+        state.update(lr=learning_rate(self._job, step))
         return outcome
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
@@ -118,17 +98,11 @@ class PipelineTrainer:
         return self._state.pieces()
 
     def interrupt(self) -> None:
-        # In this order: a group that is being built sees one of the two.
-        self._context.listener.interrupt()
-        if group := self._group:
-            group.interrupt()
+        self._peers.interrupt()
 
     def close(self) -> None:
         self._pipeline = None
-        if group := self._group:
-            group.close()
-            self._sent_before += group.bytes_sent
-            self._group = None
+        self._peers.leave()
 
     def _agree_on_cuts(self, group: Group) -> tuple[int, ...]:
         """The cuts that the first rank knows that knows any; in a new run rank 0 measures and decides."""
@@ -155,15 +129,14 @@ class PipelineTrainer:
         self._state = state
 
     def _agree(self, loss_sum: float, count: int, batch: Batch, wishes: Wishes) -> tuple[Outcome, float]:
-        """What the stages together say of the step, and the norm of the mean gradient over all of them."""
-        assert self._group is not None
+        """What the stages together say of the step, and the squared norm of the mean gradient over all of them."""
         assert self._state is not None
         square = 0.0
         if self._job.clip_norm is not None:
             square = squared_norm(self._state.grads_N)
         samples = batch.samples if self._context.rank == 0 else 0
-        status = torch.tensor([loss_sum, count, samples, square, *wishes], dtype=torch.float64)
-        self._group.all_reduce_now(status)
-        loss_sum, total, samples, square, *agreed = status.tolist()
-        outcome = Outcome(loss_sum, int(total), int(samples), Wishes(*map(int, agreed)))
-        return outcome, math.sqrt(square) / max(outcome.count, 1)
+        status = torch.tensor([loss_sum, count, samples, *wishes, square], dtype=torch.float64)
+        self._peers.group.all_reduce_now(status)
+        *agreed, square = status.tolist()
+        outcome = Outcome.of(agreed)
+        return outcome, square / max(outcome.count, 1) ** 2

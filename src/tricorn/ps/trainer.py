@@ -5,22 +5,27 @@ Legend: N elements of all trainable parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tricorn.errors import Diverged
 from tricorn.ps.client import Ack, Client
 from tricorn.ps.placement import place
 from tricorn.ps.table import Description
 from tricorn.state.flat import FlatParameters, build_model, device_of
-from tricorn.state.gradient import forward, forward_backward, squared_norm
+from tricorn.state.gradient import (
+    check_finite,
+    clip_factor,
+    forward_backward,
+    judge_share,
+    learning_rate,
+    squared_norm,
+)
 from tricorn.state.inspect import batch_statistics
 from tricorn.state.shards import CheckpointReader, Piece
-from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
 
 
 class _Worker:
@@ -84,14 +89,7 @@ class _Worker:
         self._fresh = False
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
-        if not batch.samples:
-            return
-        model = self._flat.module.eval()
-        try:
-            with torch.no_grad():
-                judge(forward(self._job, model, batch), batch)
-        finally:
-            model.train()
+        judge_share(self._job, self._flat.module, batch, judge)
 
     def interrupt(self) -> None:
         if client := self._connected:
@@ -109,15 +107,6 @@ class _Worker:
         loss_sum = forward_backward(self._job, self._flat.module, batch)
         self._grads_N.copy_(self._flat.grads_N)
         return loss_sum
-
-    def _lr(self, step: int) -> float:
-        factor = self._job.schedule(step) if self._job.schedule else 1.0
-        return float(self._job.optimizer.lr * factor)
-
-    def _scale(self, squared_norm: float) -> float:
-        """The factor that bounds a gradient's norm, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
-        clip = self._job.clip_norm
-        return 1.0 if clip is None else min(1.0, clip / (math.sqrt(squared_norm) + 1e-6))
 
 
 class BspTrainer(_Worker):
@@ -144,16 +133,14 @@ class BspTrainer(_Worker):
         self._pull(seat.step, ack)
 
     def share(self, samples: int) -> tuple[int, int]:
-        rank, workers = self._context.rank, self._context.plan.workers
-        return samples * rank // workers, samples * (rank + 1) // workers
+        return even_share(samples, self._context.rank, self._context.plan.workers)
 
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
         self._buffers_before = (step, [buffer.clone() for buffer in self._flat.module.buffers()])
         loss_sum = self._gradient(batch)
         ack = self._client.push_sum(step, (loss_sum, batch.count, batch.samples, *wishes), self._grads_N)
         self._pull(step + 1, ack)
-        loss_sum, count, seen, checkpoint, stop = ack.status
-        return Outcome(loss_sum, int(count), int(seen), Wishes(int(checkpoint), int(stop)))
+        return Outcome.of(ack.status)
 
     def pieces(self) -> Sequence[Piece]:
         """Rank 0 has the servers save the weights of this step, and adds the buffers, which they do not have."""
@@ -166,8 +153,8 @@ class BspTrainer(_Worker):
         """Take the weights of that version; ``ack`` is what the step before it came to, if that is known."""
         scale, lr = 1.0, 0.0
         if ack:
-            _check_finite(version - 1, ack.status[0], ack.status[1])
-            scale, lr = self._scale(ack.squared_norm), self._lr(version - 1)
+            check_finite(version - 1, Outcome.of(ack.status))
+            scale, lr = clip_factor(self._job, ack.squared_norm), learning_rate(self._job, version - 1)
         self._step = version
         self._client.pull_version(version, self._weights_N, scale=scale, lr=lr)
         self._flat.weights_N.copy_(self._weights_N)
@@ -190,12 +177,13 @@ class AsyncTrainer(_Worker):
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
         self._pull()
         loss_sum = self._gradient(batch)
-        _check_finite(step, loss_sum, batch.count)
+        outcome = Outcome(loss_sum, batch.count, batch.samples, wishes)
+        check_finite(step, outcome)
         self._grads_N.div_(max(batch.count, 1))
         if self._job.clip_norm is not None:
-            self._grads_N.mul_(self._scale(squared_norm(self._grads_N)))
-        self._client.push(step, self._versions, self._grads_N, lr=self._lr(step))
-        return Outcome(loss_sum, batch.count, batch.samples, wishes)
+            self._grads_N.mul_(clip_factor(self._job, squared_norm(self._grads_N)))
+        self._client.push(step, self._versions, self._grads_N, lr=learning_rate(self._job, step))
+        return outcome
 
     def refresh(self) -> None:
         self._pull(peek=True)
@@ -210,8 +198,3 @@ class AsyncTrainer(_Worker):
     def _pull(self, *, peek: bool = False) -> None:
         self._versions = self._client.pull(self._weights_N, peek=peek)
         self._flat.weights_N.copy_(self._weights_N)
-
-
-def _check_finite(step: int, loss_sum: float, count: float) -> None:
-    if not math.isfinite(loss_sum):
-        raise Diverged(f"the loss of step {step} is {loss_sum / max(count, 1)}")

@@ -6,16 +6,19 @@ batch, which is then divided by the true count once. An exception of the user's 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tricorn.errors import Diverged
 from tricorn.state.flat import WEIGHT_DTYPES, call_model
 
 if TYPE_CHECKING:
     from tricorn.job import Job
-    from tricorn.strategy import Batch
+    from tricorn.strategy import Batch, Outcome
 
 _PIECE = 65_536  # elements
 
@@ -61,6 +64,34 @@ def forward_backward(job: Job, model: nn.Module, batch: Batch) -> float:
     total = loss_sum(job, forward(job, model, batch), batch)
     torch.autograd.backward(total)
     return total.item()
+
+
+def judge_share(job: Job, model: nn.Module, batch: Batch, judge: Callable[[Any, Batch], None]) -> None:
+    """Run the model forward on a batch, as in use and not in training, and hand the output to ``judge``."""
+    if not batch.samples:
+        return
+    model.eval()
+    try:
+        with torch.no_grad():
+            judge(forward(job, model, batch), batch)
+    finally:
+        model.train()
+
+
+def check_finite(step: int, outcome: Outcome) -> None:
+    """Raise Diverged if the loss of a step is not a number: before it is applied, so that the state stays good."""
+    if not math.isfinite(outcome.loss_sum):
+        raise Diverged(f"the loss of step {step} is {outcome.loss_sum / max(outcome.count, 1)}")
+
+
+def learning_rate(job: Job, step: int) -> float:
+    """The optimizer's rate for a step, counted from 0, with the job's schedule in it."""
+    return float(job.optimizer.lr * (job.schedule(step) if job.schedule else 1.0))
+
+
+def clip_factor(job: Job, squared_norm: float) -> float:
+    """The factor that bounds a gradient's norm, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
+    return 1.0 if job.clip_norm is None else min(1.0, job.clip_norm / (math.sqrt(squared_norm) + 1e-6))
 
 
 def squared_norm(flat: Tensor) -> float:

@@ -1,0 +1,54 @@
+"""A worker's peers from one membership epoch to the next."""
+
+from __future__ import annotations
+
+from tricorn.comm.group import Group
+from tricorn.strategy import Context, Seat
+
+
+class Peers:
+    """The group of the present membership epoch; ``channel`` keeps groups of different kinds apart.
+
+    ``interrupt`` and ``bytes_sent`` are for any thread, the rest for the one that trains.
+    """
+
+    def __init__(self, context: Context, channel: str) -> None:
+        self._context = context
+        self._channel = channel
+        self._group: Group | None = None
+        self._sent_before = 0  # by the groups of earlier epochs
+
+    @property
+    def group(self) -> Group:
+        assert self._group is not None, "join before anything else"
+        return self._group
+
+    @property
+    def bytes_sent(self) -> int:
+        group = self._group  # read once: another thread may leave meanwhile
+        return self._sent_before + (group.bytes_sent if group else 0)
+
+    def join(self, seat: Seat) -> Group:
+        """Leave the old group and connect to the new. Raises PeerLost."""
+        self.leave()
+        context = self._context
+        context.listener.announce(seat.epoch)
+        self._group = Group(
+            rank=context.rank, addresses=seat.workers, listener=context.listener, secret=context.secret,
+            epoch=seat.epoch, channel=self._channel,
+        )  # fmt: skip
+        if context.listener.over(seat.epoch):  # an interrupt that came before there was a group
+            self._group.interrupt()
+        return self._group
+
+    def interrupt(self) -> None:
+        # In this order: a group that is being built sees one of the two.
+        self._context.listener.interrupt()
+        if group := self._group:
+            group.interrupt()
+
+    def leave(self) -> None:
+        if group := self._group:
+            group.close()
+            self._sent_before += group.bytes_sent
+            self._group = None
