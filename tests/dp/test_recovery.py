@@ -115,7 +115,7 @@ def test_a_step_without_its_peers_fails_and_a_new_worker_copies_the_state(crew, 
         for trainer in team.trainers[:2]
     ]
     assert [type(error) for error in lost] == [PeerLost] * 2
-    assert [trainer.held() for trainer in team.trainers] == [4, 4, 0]
+    assert [trainer.held() for trainer in team.trainers] == [4, 4, None]
     team.join("peer", 4, peer=1)
     assert [trainer.held() for trainer in team.trainers] == [4, 4, 4]
     team.train(4)

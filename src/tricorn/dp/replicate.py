@@ -35,6 +35,8 @@ class ReplicaTrainer:
         self._context = context
         self._job = context.job
         self._peers = Peers(context, "dp")
+        self._whole = False  # whether it is settled that what is here is the state of a step
+        self._untouched = True  # whether these are still the weights of the seed
         self._build()
 
     @property
@@ -95,10 +97,9 @@ class ReplicaTrainer:
         self._peers.leave()
 
     def _build(self) -> None:
+        self._untouched = True
         self._state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
         self._sum = GradientSum(self._state)
-        self._untouched = True
-        self._whole = False  # until it is said that the initial weights are those to go on from
 
     def _agree(self, group: Group, batch: Batch, wishes: Wishes) -> Outcome:
         """Sum gradients, loss and wishes over all workers."""
