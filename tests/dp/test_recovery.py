@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tricorn import optim
+from tricorn.comm.peers import Peers
 from tricorn.dp import buckets, strategy
 from tricorn.errors import Diverged, PeerLost, PlanError
 from tricorn.job import Job
@@ -131,7 +132,9 @@ def test_who_is_a_step_behind_copies_from_who_is_ahead(crew, undisturbed):
     behind.join("initial")
     behind.train(0, 4)
     team.trainers[0], behind.trainers[0] = behind.trainers[0], team.trainers[0]
-    team.trainers[0]._context = team.trainers[0]._context._replace(listener=team.listeners[0])
+    moved = team.trainers[0]
+    moved._peers.leave()
+    moved._peers = Peers(moved._context._replace(listener=team.listeners[0]), "dp")
     team.join("peer", 5, peer=2)
     team.train(5)
     assert_equal(team.states(), undisturbed)

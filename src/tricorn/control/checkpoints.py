@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 import msgspec
 
-from tricorn.control.messages import File
+from tricorn.control.intervals import Intervals
+from tricorn.control.messages import Count, File
 
 KEPT = 2
 
@@ -21,8 +23,8 @@ KEPT = 2
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``step`` updates are in the weights: those of the steps in the intervals ``applied``."""
 
-    step: int
-    applied: list[tuple[int, int]]
+    step: Count
+    applied: list[tuple[Count, Count]]
     files: list[File]
 
 
@@ -31,8 +33,15 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def publish(root: Path, manifest: Manifest) -> None:
-    """Make the files a checkpoint, durably, and drop all but the newest ``KEPT``. Raises OSError."""
+    """Make the files a checkpoint, durably, and drop all but the newest ``KEPT``. Raises OSError.
+
+    A checkpoint of a later step is none any more: it was damaged, and the run went back behind it.
+    """
     folder = folder_of(root, manifest.step)
+    named = {file.name for file in manifest.files}
+    for path in folder.glob("*.safetensors*"):
+        if path.name not in named:  # left by a role that died, perhaps of another plan
+            path.unlink()
     partial = folder / "manifest.json.partial"
     try:
         with partial.open("wb") as file:
@@ -44,13 +53,16 @@ def publish(root: Path, manifest: Manifest) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(folder)
+    for later in (old for old in published(root) if old > folder):
+        (later / "manifest.json").unlink(missing_ok=True)
     for old in published(root)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def published(root: Path) -> list[Path]:
     """The folders with a manifest, newest first; whether they are whole is another question."""
-    return sorted((path.parent for path in root.glob("*/manifest.json")), reverse=True)
+    folders = (path.parent for path in root.glob("*/manifest.json"))
+    return sorted((folder for folder in folders if re.fullmatch("[0-9]{9,}", folder.name)), reverse=True)
 
 
 def damage(folder: Path) -> str:
@@ -62,6 +74,8 @@ def damage(folder: Path) -> str:
         return f"{path} cannot be read: {error}"
     if folder_of(folder.parent, manifest.step) != folder:
         return f"{path} speaks of step {manifest.step}"
+    if len(Intervals(manifest.applied)) != manifest.step:
+        return f"{path} does not account for {manifest.step} steps"
     for file in manifest.files:
         if problem := _file_damage(folder / file.name, file):
             return problem

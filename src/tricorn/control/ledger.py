@@ -142,7 +142,7 @@ class Ledger:
         if not (follows | (epoch[1:] > epoch[:-1])).all():
             return False  # two steps took the same sample
         samples, epochs = self.order.samples, self.order.epochs
-        inside = bool(((start >= 0) & (stop <= samples) & (epoch < epochs)).all())
+        inside = bool(((start >= 0) & (stop <= samples) & (epoch >= 0) & (epoch < epochs)).all())
         return inside and (not complete or int((stop - start).sum()) == samples * epochs)
 
     def restarts(self) -> int:

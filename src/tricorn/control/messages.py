@@ -1,13 +1,13 @@
 """What roles, launcher and coordinator say to each other: small typed values, never tensors, never pickles.
 
-Every message is a msgpack map with a ``type``; unknown fields and wrong types are refused, and a frame longer
-than ``MAX_FRAME`` is not read.
+Every message is a msgpack map with a ``type``; unknown fields, wrong types and impossible numbers are refused, and a
+frame longer than ``MAX_FRAME`` is not read.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,7 +15,11 @@ from tricorn.errors import ProtocolError
 
 MAX_FRAME = 1 << 20
 HEADER = struct.Struct("!I")
-Address = tuple[str, int]
+MAX_TEXT = 8000  # characters of one text of an error
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+Text = Annotated[str, msgspec.Meta(max_length=2 * MAX_TEXT)]
+Address = tuple[Annotated[str, msgspec.Meta(max_length=255)], Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]]
+ShardName = Annotated[str, msgspec.Meta(pattern=r"^[a-z]+-[0-9]+\.safetensors\Z")]  # never a path
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -25,8 +29,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbi
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A written shard, as a manifest records it."""
 
-    name: str
-    bytes: int
+    name: ShardName
+    bytes: Count
     sha256: str
 
 
@@ -36,9 +40,9 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Evaluated(Message, frozen=True, kw_only=True):
     """A share of one evaluation: name -> (sum, weight)."""
 
-    epoch: int
-    step: int
-    samples: int
+    epoch: Count
+    step: Count
+    samples: Count
     sums: dict[str, tuple[float, float]]
 
 
@@ -49,79 +53,79 @@ class Ready(Message, frozen=True, kw_only=True):
     that its part holds. ``evaluated``: my shares of the last evaluations, should they have been lost on the way.
     """
 
-    epoch: int
+    epoch: Count
     part: str | None
-    held: list[int]
+    held: list[Count]
     address: Address
-    applied: list[tuple[int, int]] = []
+    applied: list[tuple[Count, Count]] = []
     evaluated: list[Evaluated] = []
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    bytes_sent: int
+    bytes_sent: Count
 
 
 class Committed(Message, frozen=True, kw_only=True):
     """The lead worker of a synchronous run: all steps below ``upto`` are in the model. ``losses``: of the last ones."""
 
-    epoch: int
-    upto: int
+    epoch: Count
+    upto: Count
     losses: list[float]
 
 
 class Want(Message, frozen=True, kw_only=True):
     """A leased worker can take that many steps more."""
 
-    epoch: int
-    steps: int
+    epoch: Count
+    steps: Count
 
 
 class Applied(Message, frozen=True, kw_only=True):
     """A server of an asynchronous run has applied these steps."""
 
-    epoch: int
-    steps: list[int]
+    epoch: Count
+    steps: list[Count]
 
 
 class Trained(Message, frozen=True, kw_only=True):
     """A leased worker's step: its mean loss."""
 
-    epoch: int
-    step: int
+    epoch: Count
+    step: Count
     loss: float
 
 
 class Saved(Message, frozen=True, kw_only=True):
     """My part of the checkpoint of ``step`` is durable."""
 
-    epoch: int
-    step: int
+    epoch: Count
+    step: Count
     files: list[File]
 
 
 class Broken(Message, frozen=True, kw_only=True):
     """I lost a peer in this membership epoch."""
 
-    epoch: int
-    reason: str
+    epoch: Count
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
 class Failed(Message, frozen=True, kw_only=True):
     """The run cannot go on: an error of the user's code or data, or of the machine."""
 
-    kind: str
-    message: str
-    remedy: str
-    where: str
-    trace: str
+    kind: Text
+    message: Text
+    remedy: Text
+    where: Text
+    trace: Text
 
 
 class Finished(Message, frozen=True, kw_only=True):
     """I have nothing left to do; ``stopped`` if because somebody wished to stop."""
 
-    epoch: int
+    epoch: Count
     stopped: bool
-    bytes_sent: int
+    bytes_sent: Count
 
 
 # To a worker or server.
@@ -248,14 +252,19 @@ ToLauncher = Start | Kill | Progress | Evaluation | Notice | Ended
 
 
 def failed(error: Exception, trace: str = "") -> Failed:
-    """An error as a message."""
+    """An error as a message; of texts that are too long, their beginning, and of the trace its end."""
     return Failed(
         kind=type(error).__name__,
-        message=str(error),
-        remedy=getattr(error, "remedy", ""),
-        where=getattr(error, "where", ""),
-        trace=trace,
+        message=_sendable(str(error)[:MAX_TEXT]),
+        remedy=_sendable(getattr(error, "remedy", "")[:MAX_TEXT]),
+        where=_sendable(getattr(error, "where", "")[:MAX_TEXT]),
+        trace=_sendable(trace[-MAX_TEXT:]),
     )
+
+
+def _sendable(text: str) -> str:
+    """Without what UTF-8 cannot say: a name of a file may hold lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,9 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from tricorn.comm import auth
 from tricorn.control import messages as m
@@ -24,6 +26,7 @@ from tricorn.control.instructions import (
     Tell,
     Trace,
 )  # fmt: skip
+from tricorn.control.plausible import refuse_nonsense
 from tricorn.control.record import Record
 from tricorn.control.state import Coordinator, Facts
 from tricorn.errors import AuthenticationError, ProtocolError, StorageError
@@ -34,13 +37,23 @@ HANDSHAKE_SECONDS = 5.0
 _CALLERS_FAULT = (AuthenticationError, ProtocolError, OSError, EOFError, TimeoutError)
 
 
+class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who a caller proves to be: a role in one of its lives, or the launcher, which has only one."""
+
+    channel: Literal["control"]
+    role: str
+    incarnation: int = 0
+
+
 class CoordinatorServer:
     """Serves one run until it has ended and the launcher has been told.
 
-    A caller that cannot prove the secret, or sends what is malformed or too long, is cut off; nothing else happens.
+    A caller that cannot prove the secret, or sends what is malformed, too long or senseless, is cut off; nothing else
+    happens.
     """
 
     def __init__(self, facts: Facts, record: Record, secret: bytes) -> None:
+        self._facts = facts
         self._record = record
         self._secret = secret
         self._state = Coordinator(
@@ -52,7 +65,7 @@ class CoordinatorServer:
         )
         self._roles: dict[str, asyncio.StreamWriter] = {}
         self._launcher: asyncio.StreamWriter | None = None
-        self._strangers = 0
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  # in order of arrival
         self._over = asyncio.Event()
         self._from_role = m.Decoder(m.Report)
         self._from_launcher = m.Decoder(m.FromLauncher)
@@ -78,20 +91,23 @@ class CoordinatorServer:
         # A task cancelled at the end of the run has nobody left to tell.
         with contextlib.closing(writer), contextlib.suppress(asyncio.CancelledError, *_CALLERS_FAULT):
             claim = await self._introduced(reader, writer)
-            if claim.get("role") == "launcher":
+            if claim.role != "launcher":
+                await self._serve_role(claim.role, claim.incarnation, reader, writer)
+            elif self._launcher is None:
                 await self._serve_launcher(reader, writer)
-            else:
-                await self._serve_role(str(claim.get("role")), claim.get("incarnation"), reader, writer)
 
-    async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
-        if self._strangers >= MAX_STRANGERS:
-            raise ProtocolError("too many callers that have not proved the secret")
-        self._strangers += 1
+    async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Claim:
+        if len(self._strangers) >= MAX_STRANGERS:
+            # A real role is admitted within a millisecond, so the oldest of many strangers is not one.
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        self._strangers[writer] = None
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 return await _handshake(reader, writer, self._secret)
         finally:
-            self._strangers -= 1
+            self._strangers.pop(writer, None)
 
     async def _serve_launcher(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._launcher = writer
@@ -110,9 +126,9 @@ class CoordinatorServer:
             self._over.set()  # the launcher has all it wanted, or is dead: then nothing may stay behind
 
     async def _serve_role(
-        self, role: str, incarnation: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, role: str, incarnation: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        if not isinstance(incarnation, int) or not self._state.admits(role, incarnation):
+        if not self._state.admits(role, incarnation):
             return
         if (previous := self._roles.get(role)) is not None:
             previous.close()
@@ -121,6 +137,7 @@ class CoordinatorServer:
         try:
             while self._roles.get(role) is writer:
                 message = self._from_role(await _payload(reader))
+                refuse_nonsense(role, message, synchronous=self._facts.synchronous, total_steps=self._facts.total_steps)
                 self._do(self._state.report(role, incarnation, message, time.monotonic()))
         finally:
             if self._roles.get(role) is writer:
@@ -165,7 +182,7 @@ class CoordinatorServer:
         return checkpoint
 
 
-async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> dict[str, Any]:
+async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Claim:
     steps = auth.answer(secret)
     wanted = next(steps)
     try:
@@ -177,8 +194,10 @@ async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
                 await writer.drain()
                 wanted = next(steps)
     except StopIteration as done:
-        claim: dict[str, Any] = done.value
-        return claim
+        try:
+            return msgspec.convert(done.value, Claim)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"the caller's claim cannot be read: {error}") from None
 
 
 async def _payload(reader: asyncio.StreamReader) -> bytes:

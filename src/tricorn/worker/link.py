@@ -46,8 +46,8 @@ class Link:
         self._handle = handle
         self._bytes_sent = bytes_sent
         self._outgoing: deque[m.Report] = deque()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self._closing = False
         self._flushed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
@@ -70,26 +70,29 @@ class Link:
             self._thread.join(timeout)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # a full pipe wakes as well, and a closed link need not
-            os.write(self._wake_write, b"\0")
+        with contextlib.suppress(OSError):  # a full socket wakes as well, and a closed link need not
+            self._waker.send(b"\0")
 
     def _run(self) -> None:
         try:
-            while not self._closing:
-                self._converse(self._call())
+            while not self._closing and (sock := self._call()):
+                self._converse(sock)
         except BaseException:
             traceback.print_exc()
             os._exit(3)  # a role that cannot be told anything is of no use: it will be replaced
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._woken.close()
+        self._waker.close()
 
-    def _call(self) -> socket.socket:
+    def _call(self) -> socket.socket | None:
+        """A line to the coordinator; None if the link is closed before there is one."""
         give_up = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 sock = connect(self._address, self._secret, self._claim)
             except (PeerLost, ProtocolError, AuthenticationError):
-                if self._closing or time.monotonic() > give_up:
+                if self._closing:
+                    return None
+                if time.monotonic() > give_up:
                     os._exit(3)
                 time.sleep(CALL_AGAIN_SECONDS)
             else:
@@ -105,7 +108,7 @@ class Link:
         beat = 0.0
         with sock, selectors.DefaultSelector() as selector, contextlib.suppress(OSError, ProtocolError):
             selector.register(sock, selectors.EVENT_READ)
-            selector.register(self._wake_read, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
             self._flush(sock)
             while not self._closing:
                 now = time.monotonic()
@@ -121,14 +124,14 @@ class Link:
                         for payload in _frames(received):
                             self._handle(decode(payload))
                     else:
-                        os.read(self._wake_read, 4096)
+                        self._woken.recv(4096)
                         self._flush(sock)
 
     def _flush(self, sock: socket.socket) -> None:
-        with self._flushed:
-            while self._outgoing:
-                sock.sendall(m.encode(self._outgoing[0]))
-                self._outgoing.popleft()
+        while self._outgoing:
+            sock.sendall(m.encode(self._outgoing[0]))
+            self._outgoing.popleft()
+        with self._flushed:  # not while sending, which may block for longer than who closes wants to wait
             self._flushed.notify_all()
 
 
