@@ -74,7 +74,7 @@ class World:
     def _boot(self) -> None:
         self.coordinator = Coordinator(
             self.facts, epoch=self.membership, committed=Intervals(self.committed.pairs),
-            evaluated=set(self.evaluated), newest_checkpoint=self._newest,
+            evaluated=set(self.evaluated), saved=max(self.checkpoints, default=-1), newest_checkpoint=self._newest,
         )  # fmt: skip
         self.to_launcher.clear()
         self.from_launcher.clear()

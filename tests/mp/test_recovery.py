@@ -259,24 +259,6 @@ class Dropping(nn.Module):
         return self.layer(F.dropout(x, 0.5, self.training))
 
 
-def test_dropout_repeats_when_a_step_is_run_again(crew, job):
-    trap = Trap()
-    calm, team = crew(job(Dropping), 1, microbatches=2), crew(job(Dropping, loss=trap), 1, microbatches=2)
-    for each in (calm, team):
-        each.join("initial")
-    losses = calm.train()
-    assert len(set(losses)) == STEPS
-
-    def fail():
-        raise PeerLost("a peer is gone")
-
-    assert team.train(0, 3) == losses[:3]
-    trap.arm(fail)
-    assert isinstance(team.step(3, *fourth(team.job))[0], PeerLost)
-    team.join("keep", 3)
-    assert team.train(3) == losses[3:]
-
-
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 7, 20])
 def test_the_last_stage_judges_every_sample_once(crew, models, job, stages, samples):

@@ -67,7 +67,7 @@ def answer(secret: bytes) -> Steps:
     yield _proof(secret, b"listener", nonce, own_nonce, encoded)
     try:
         claim = msgspec.json.decode(encoded, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"the caller's claim cannot be read: {error}") from None
     return claim
 

@@ -45,26 +45,40 @@ class Ledger:
     """One run's ledger. Commits of a step that is committed already change nothing."""
 
     def __init__(self, path: Path, order: Order | None = None) -> None:
-        """Open the ledger, or create it for ``order``. Raises UsageError if it was made for another order."""
+        """Open the ledger, or create it for ``order``.
+
+        Raises UsageError if there is none, if it cannot be read, or if it was made for another order.
+        """
         if order is None and not path.exists():
             raise UsageError(f"there is no ledger at {path}", remedy="Name the folder of a run.")
         self._db = sqlite3.connect(path, isolation_level=None)
+        try:
+            self.order = self._open(order)
+        except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
+            self.close()
+            raise UsageError(
+                f"the ledger {path} cannot be read: {error}", remedy="Restore it, or start a new run."
+            ) from None
+        except UsageError:
+            self.close()
+            raise
+
+    def _open(self, order: Order | None) -> Order:
         self._db.execute("pragma journal_mode = wal")
         self._db.execute("pragma synchronous = normal")
         self._db.executescript(_TABLES)
-        stored = self._meta("order")
-        if stored is None and order is not None:
-            self._set_meta("order", msgspec.json.encode(order).decode())
-            stored = self._meta("order")
-        self.order = msgspec.json.decode(stored or "", type=Order)
-        if order is not None and (mistake := _difference(self.order, order)):
+        stored = msgspec.json.decode(self._meta("order") or "null", type=Order | None)
+        if order is None and stored is None:
+            raise UsageError("the ledger is empty: its run never began", remedy="Name the folder of a run.")
+        if order is None or order == stored:
+            return stored
+        if stored is not None and (mistake := _difference(stored, order)):
             raise UsageError(
                 f"the run was started with another order of samples: {mistake}",
                 remedy="Resume with the same data, seed and batch size, or start a new run.",
             )
-        if order is not None and order.epochs != self.order.epochs:
-            self._set_meta("order", msgspec.json.encode(order).decode())
-            self.order = order
+        self._set_meta("order", msgspec.json.encode(order).decode())
+        return order
 
     def _meta(self, key: str) -> str | None:
         row = self._db.execute("select value from meta where key = ?", (key,)).fetchone()

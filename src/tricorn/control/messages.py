@@ -295,5 +295,5 @@ class Decoder:
     def __call__(self, payload: bytes) -> Any:
         try:
             return self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"a message that cannot be read: {error}") from None

@@ -73,6 +73,10 @@ class Record:
     def publish(self, step: int, files: list[File], applied: list[tuple[int, int]]) -> None:
         checkpoints.publish(self._checkpoints, checkpoints.Manifest(step=step, applied=applied, files=files))
 
+    def saved(self) -> int:
+        """The step of the newest published checkpoint, -1 if there is none."""
+        return max((int(folder.name) for folder in checkpoints.published(self._checkpoints)), default=-1)
+
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and what is wrong with each newer one."""
         folder, damages = checkpoints.newest_whole(self._checkpoints)

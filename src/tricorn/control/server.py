@@ -29,7 +29,7 @@ from tricorn.control.instructions import (
 from tricorn.control.plausible import refuse_nonsense
 from tricorn.control.record import Record
 from tricorn.control.state import Coordinator, Facts
-from tricorn.errors import AuthenticationError, ProtocolError, StorageError
+from tricorn.errors import AuthenticationError, CheckpointDamaged, ProtocolError, StorageError
 
 TICK_SECONDS = 0.1
 MAX_STRANGERS = 64  # connections that have not yet proved the secret
@@ -61,40 +61,62 @@ class CoordinatorServer:
             epoch=record.ledger.membership,
             committed=record.ledger.committed(),
             evaluated=set(record.ledger.evaluations()),
+            saved=record.saved(),
             newest_checkpoint=self._newest_checkpoint,
         )
         self._roles: dict[str, asyncio.StreamWriter] = {}
         self._launcher: asyncio.StreamWriter | None = None
         self._strangers: dict[asyncio.StreamWriter, None] = {}  # in order of arrival
-        self._over = asyncio.Event()
+        self._over: asyncio.Future[None]
         self._from_role = m.Decoder(m.Report)
         self._from_launcher = m.Decoder(m.FromLauncher)
 
     async def serve(self, listener: socket.socket) -> None:
-        """Run until the end; returns once the launcher has hung up."""
+        """Run until the end; returns once the launcher has hung up.
+
+        An error that is nobody else's fault is raised: a coordinator that ends is replaced, one that hangs is not.
+        """
+        self._over = asyncio.get_running_loop().create_future()
         listener.setblocking(False)
         server = await asyncio.start_server(self._caller, sock=listener, limit=m.MAX_FRAME + m.HEADER.size)
         ticker = asyncio.create_task(self._tick())
-        await self._over.wait()
-        ticker.cancel()
-        server.close()
-        for writer in [*self._roles.values(), *([self._launcher] if self._launcher else [])]:
-            writer.close()
+        try:
+            await self._over
+        finally:
+            ticker.cancel()
+            server.close()
+            for writer in [*self._roles.values(), *([self._launcher] if self._launcher else [])]:
+                writer.close()
+
+    def _end(self, mistake: Exception | None = None) -> None:
+        if not self._over.done():
+            self._over.set_exception(mistake) if mistake else self._over.set_result(None)
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self._do(self._state.tick(time.monotonic()))
-            self._record.flush()
+        try:
+            while True:
+                await asyncio.sleep(TICK_SECONDS)
+                self._do(self._state.tick(time.monotonic()))
+                try:
+                    self._record.flush()
+                except OSError as error:
+                    self._do(self._state.storage_failed(self._unwritable(error)))
+        except Exception as mistake:
+            self._end(mistake)
 
     async def _caller(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A task cancelled at the end of the run has nobody left to tell.
         with contextlib.closing(writer), contextlib.suppress(asyncio.CancelledError, *_CALLERS_FAULT):
-            claim = await self._introduced(reader, writer)
-            if claim.role != "launcher":
-                await self._serve_role(claim.role, claim.incarnation, reader, writer)
-            elif self._launcher is None:
-                await self._serve_launcher(reader, writer)
+            try:
+                claim = await self._introduced(reader, writer)
+                if claim.role != "launcher":
+                    await self._serve_role(claim.role, claim.incarnation, reader, writer)
+                elif self._launcher is None:
+                    await self._serve_launcher(reader, writer)
+            except _CALLERS_FAULT:
+                raise
+            except Exception as mistake:
+                self._end(mistake)
 
     async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Claim:
         if len(self._strangers) >= MAX_STRANGERS:
@@ -122,8 +144,8 @@ class CoordinatorServer:
                         self._do(self._state.exited(message, now))
                     case m.Stop():
                         self._do(self._state.stop(now))
-        finally:
-            self._over.set()  # the launcher has all it wanted, or is dead: then nothing may stay behind
+        except _CALLERS_FAULT:  # it has all it wanted, or is dead: then nothing may stay behind
+            self._end()
 
     async def _serve_role(
         self, role: str, incarnation: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -149,8 +171,7 @@ class CoordinatorServer:
             for instruction in instructions:
                 self._carry_out(instruction)
         except (OSError, sqlite3.Error) as error:
-            failure = StorageError(f"the run's folder {self._record.folder} cannot be written: {error}")
-            self._do(self._state.storage_failed(m.failed(failure)))
+            self._do(self._state.storage_failed(self._unwritable(error)))
 
     def _carry_out(self, instruction: Instruction) -> None:
         record = self._record
@@ -172,11 +193,19 @@ class CoordinatorServer:
             case Publish(step, files, applied):
                 record.publish(step, files, applied)
             case End(outcome, error):
-                summary = record.finish(outcome, self._state.members.bytes_sent())
+                try:
+                    summary = record.finish(outcome, self._state.members.bytes_sent())
+                except (OSError, sqlite3.Error) as problem:
+                    outcome, error, summary = "failed", error or self._unwritable(problem), {}
                 _write(self._launcher, m.Ended(outcome=outcome, error=error, summary=summary))
+
+    def _unwritable(self, error: Exception) -> m.Failed:
+        return m.failed(StorageError(f"the run's folder {self._record.folder} cannot be written: {error}"))
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         checkpoint, damages = self._record.newest_checkpoint()
+        if checkpoint is None and damages:
+            raise CheckpointDamaged(f"no checkpoint of the run can be read: {'; '.join(damages)}")
         for damage in damages:
             _write(self._launcher, m.Notice(text=f"a damaged checkpoint is passed over: {damage}"))
         return checkpoint

@@ -31,6 +31,7 @@ from tricorn.control.intervals import Intervals
 from tricorn.control.leases import Leases
 from tricorn.control.members import Member, Members
 from tricorn.control.resume import LOST, Source, resume_point
+from tricorn.errors import CheckpointDamaged
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +56,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 class Coordinator:
     """Each method is an event; it returns the instructions that follow, in order.
 
-    ``newest_checkpoint`` is asked when the state is lost; it returns the newest one that can be read.
+    ``newest_checkpoint`` is asked when the state is lost; it returns the newest one that can be read, None if none
+    was ever published, and raises CheckpointDamaged if none that was can be read. ``saved`` is the step of the newest.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Coordinator:
         epoch: int,
         committed: Intervals,
         evaluated: set[int],
+        saved: int,
         newest_checkpoint: Callable[[], Checkpoint | None],
     ) -> None:
         self.facts = facts
@@ -74,7 +77,7 @@ class Coordinator:
         self.committed = committed
         self._evaluated = evaluated
         self._newest_checkpoint = newest_checkpoint
-        self._saved = -1
+        self._saved = saved
         self._saving: dict[int, dict[str, list[m.File]]] = {}
         self._evaluation: dict[int, dict[str, m.Evaluated]] = {}  # by step and role
         self._leases: Leases | None = None
@@ -101,9 +104,6 @@ class Coordinator:
             if role in self.members.roles:
                 self.members.roles[role].incarnation = incarnation
         if self.phase != "ended":
-            if len(self.committed):
-                checkpoint = self._newest_checkpoint()
-                self._saved = checkpoint.step if checkpoint else -1
             self._regroup(now, "the coordinator begins")
         return self._take()
 
@@ -233,7 +233,11 @@ class Coordinator:
         source = resume_point(ready)
         checkpoint = None
         if source is LOST:
-            checkpoint = self._go_back()
+            try:
+                checkpoint = self._go_back()
+            except CheckpointDamaged as error:
+                self._end("failed", m.failed(error))
+                return
         elif self.facts.synchronous:
             self.committed = Intervals([(0, source.step)])
         if not self.facts.synchronous:

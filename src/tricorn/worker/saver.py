@@ -44,5 +44,7 @@ class Saver:
                 files.append(m.File(name=shard.name, bytes=shard.bytes, sha256=shard.sha256))
         except OSError as error:
             self._fail(StorageError(f"the checkpoint {folder} cannot be written: {error.strerror or error}"))
+        except Exception as error:  # such as MemoryError: untold, the run would wait for this part for ever
+            self._fail(error)
         else:
             self._send(m.Saved(epoch=epoch, step=step, files=files))

@@ -1,0 +1,63 @@
+"""However a run ends, nothing of it stays behind, and it can go on under any strategy."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from . import harness
+
+SECONDS = 3.0  # in which everything has to be gone
+
+
+def processes(run: harness.Run) -> list[psutil.Process]:
+    launcher = psutil.Process(run.process.pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("strategy", ["dp", "ps", "mp"])
+def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strategy):
+    run = harness.start(tmp_path, "long", "--strategy", strategy, "--checkpoint-every", "50")
+    run.reach(60)
+    family, segments = processes(run), set(os.listdir("/dev/shm"))
+    run.process.send_signal(getattr(signal, how))
+    _, alive = psutil.wait_procs(family[1:], SECONDS)
+    code, _, err = run.end()
+    assert not alive
+    assert set(os.listdir("/dev/shm")) <= segments
+    assert not [path for path in Path(run.folder).rglob("*") if path.is_socket()]
+    if how != "SIGKILL":
+        assert code == 130
+        assert "is saved" in err
+        assert f"tricorn train --resume {os.path.relpath(run.folder.resolve())}" in err.splitlines()[-1]
+    before = run.steps()
+    others = {"dp": ["--strategy", "ps", "--workers", "3"], "ps": ["--strategy", "mp"], "mp": ["--strategy", "dp"]}
+    again = harness.resume(tmp_path, *others[strategy], "--threads", "1")
+    summary = again.summary()
+    assert summary["steps"] == 420
+    assert before >= 60
+    assert summary["exactly_once"]
+    assert harness.distance(again.weights("long"), harness.plain("long")) <= 1e-10
+
+
+def test_a_run_that_is_done_leaves_nothing(tmp_path):
+    run = harness.start(tmp_path, "sgd64", "--strategy", "ps")
+    run.reach(1)
+    family = processes(run)
+    run.summary()
+    assert not psutil.wait_procs(family, SECONDS)[1]
+
+
+def test_another_order_of_samples_is_refused(tmp_path):
+    run = harness.start(tmp_path, "sgd64", "--strategy", "dp")
+    run.summary()
+    other = harness.Run(
+        harness._launch([harness.TRICORN, "train", f"{harness.JOBS}:smaller_batches", "--resume", tmp_path / "latest"]),
+        tmp_path,
+    )
+    code, _, err = other.end()
+    assert code == 2
+    assert "batch_size was 25 and is now 20" in err

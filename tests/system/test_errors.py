@@ -1,0 +1,140 @@
+"""What a user sees when something is wrong: one message, last, with the place and the cure; the right exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tricorn.control import checkpoints
+
+from . import harness
+
+MISTAKES = Path(__file__).with_name("mistakes.py")
+STRATEGIES = ["dp", "ps", "mp"]
+
+
+def failure(run: harness.Run) -> tuple[int, str]:
+    code, _, err = run.end()
+    assert "Traceback" not in err
+    return code, err[err.rindex("error: ") :]
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ps"])
+def test_a_raise_in_forward(tmp_path, strategy):
+    code, said = failure(harness.start(tmp_path, "raising", "--strategy", strategy, file=MISTAKES))
+    assert code == 1
+    assert "ValueError: my own mistake" in said
+    assert "mistakes.py:" in said
+    assert 'raise ValueError("my own mistake")' in said
+    assert "tricorn train --resume" in said
+
+
+def test_a_raise_in_a_stage(tmp_path):
+    code, said = failure(harness.start(tmp_path, "raising_block", "--strategy", "mp", file=MISTAKES))
+    assert code == 1
+    assert "ValueError: my own mistake" in said
+    assert "mistakes.py:" in said
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loss_that_is_not_a_number(tmp_path, strategy):
+    code, said = failure(harness.start(tmp_path, "diverging", "--strategy", strategy, file=MISTAKES))
+    assert code == 1
+    assert "the loss of step " in said
+    assert "learning rate" in said
+
+
+def test_an_item_of_another_shape(tmp_path):
+    code, said = failure(harness.start(tmp_path, "misshapen", "--strategy", "dp", file=MISTAKES))
+    assert code == 1
+    assert "inputs of sample 33" in said
+    assert "(5,)" in said
+    assert "mistakes.py" in said
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    code, said = failure(harness.start(tmp_path, "unreadable", "--strategy", "ps", file=MISTAKES))
+    assert code == 1
+    assert "sample 33 cannot be read: FileNotFoundError" in said
+    assert "/nowhere/33.png" in said
+
+
+def test_a_job_with_mistakes(tmp_path):
+    code, said = failure(harness.start(tmp_path, "wrong", "--strategy", "dp", file=MISTAKES))
+    assert code == 2
+    assert "batch_size" in said
+    assert "optimizer.lr" in said
+
+
+def test_a_model_that_cannot_be_cut(tmp_path):
+    code, said = failure(harness.start(tmp_path, "single", "--strategy", "mp", file=MISTAKES))
+    assert code == 2
+    assert "mp cannot run this job" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_full_disk(tmp_path, strategy):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("this machine does not mount a tmpfs")
+    try:
+        options = ["--strategy", strategy, "--checkpoint-every", "10"]
+        code, said = failure(harness.start(tmp_path, "large", *options, file=MISTAKES))
+        assert code == 3
+        assert "No space left on device" in said
+        assert "tricorn train --resume" in said
+        whole, damages = checkpoints.newest_whole(tmp_path / "latest" / "checkpoints")
+        assert not damages
+        assert whole is not None
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def stopped_with_two_checkpoints(tmp_path: Path) -> Path:
+    """A run that was killed after it had published at least two checkpoints."""
+    run = harness.start(tmp_path, "long", "--strategy", "ps", "--servers", "2", "--checkpoint-every", "20")
+    run.reach(70)
+    run.process.kill()
+    run.end()
+    return run.folder.resolve()
+
+
+def test_damaged_checkpoints(tmp_path):
+    """Each file of the newest one truncated, and one bit of each flipped: it is named, and the previous one is used."""
+    folder = stopped_with_two_checkpoints(tmp_path / "runs")
+    newest, previous = checkpoints.published(folder / "checkpoints")
+    for file in sorted(path.name for path in newest.iterdir()):
+        for damage in (truncate, flip_a_bit):
+            copy = tmp_path / "copy"
+            shutil.copytree(folder.parent, copy, symlinks=True)
+            damaged = copy / folder.name / "checkpoints" / newest.name / file
+            damage(damaged)
+            summary = harness.resume(copy, "--strategy", "dp", "--threads", "1").summary()
+            assert summary["exactly_once"]
+            events = [
+                row["event"] for row in map(json.loads, (copy / "latest" / "metrics.jsonl").open()) if "event" in row
+            ]
+            assert events[-1].endswith(f"from a checkpoint at step {int(previous.name)}")
+            shutil.rmtree(copy)
+
+
+def test_no_checkpoint_is_left(tmp_path):
+    folder = stopped_with_two_checkpoints(tmp_path)
+    for path in (folder / "checkpoints").rglob("*.safetensors"):
+        truncate(path)
+    code, said = failure(harness.resume(tmp_path, "--strategy", "dp"))
+    assert code == 3
+    assert "server-0.safetensors" in said
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

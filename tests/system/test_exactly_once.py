@@ -1,0 +1,66 @@
+"""``kill -9`` of any role at random moments, several times in a run: it ends by itself, every sample counted once.
+
+TRICORN_ROUNDS says how many seeds are run for each strategy.
+"""
+
+import os
+from random import Random
+
+import numpy as np
+import pytest
+
+from . import harness
+
+ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
+PS = ["--strategy", "ps", "--workers", "2", "--servers", "2"]
+WORKERS, SERVERS = ["worker-0", "worker-1"], ["server-0", "server-1"]
+CASES = {
+    "dp": (["--strategy", "dp", "--workers", "2"], [*WORKERS, "coordinator"]),
+    "dp x 3": (["--strategy", "dp", "--workers", "3"], [*WORKERS, "worker-2", "coordinator"]),
+    "mp": (["--strategy", "mp", "--workers", "2"], [*WORKERS, "coordinator"]),
+    "ps bsp": (PS, [*WORKERS, *SERVERS, "coordinator"]),
+    "ps ssp": ([*PS, "--consistency", "ssp"], [*WORKERS, *SERVERS, "coordinator"]),
+    "ps asp": ([*PS, "--consistency", "asp"], [*WORKERS, *SERVERS, "coordinator"]),
+}
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments(tmp_path, case, seed):
+    options, victims = CASES[case]
+    run = harness.start(tmp_path, "long", *options, "--checkpoint-every", "20")
+    run.reach(5)
+    killed = run.disturb(Random(f"{case}/{seed}"), victims, kills=4)
+    summary = run.summary()
+    assert killed
+    assert summary["exactly_once"]
+    assert summary["steps"] == summary["total_steps"] == 420
+    with run.ledger() as ledger:
+        for epoch in range(60):
+            assert np.array_equal(ledger.times_committed(epoch), np.ones(163)), f"epoch {epoch}, killed {killed}"
+    if case not in ("ps ssp", "ps asp"):
+        assert harness.distance(run.weights("long"), harness.plain("long")) <= 1e-10, f"killed {killed}"
+    assert summary["metrics"]["accuracy"] > 0.9
+
+
+def test_dropout_is_repeated_in_a_step_that_is_run_again(tmp_path):
+    undisturbed = harness.start(tmp_path / "calm", "dropout", "--strategy", "mp")
+    undisturbed.summary()
+    run = harness.start(tmp_path / "killed", "dropout", "--strategy", "mp", "--checkpoint-every", "20")
+    run.reach(70)
+    run.disturb(Random(0), ["worker-1"], kills=1)
+    run.summary()
+    assert harness.distance(run.weights("dropout"), undisturbed.weights("dropout")) <= 1e-10
+
+
+@pytest.mark.parametrize("case", ["dp", "ps asp"])
+def test_a_role_that_hangs_is_replaced(tmp_path, case):
+    import signal
+
+    options, _ = CASES[case]
+    run = harness.start(tmp_path, "long", *options, "--heartbeat-timeout", "1")
+    run.reach(20)
+    os.kill(run.pids()["worker-1"], signal.SIGSTOP)
+    summary = run.summary()
+    assert summary["exactly_once"]
+    assert summary["restarts"] >= 1

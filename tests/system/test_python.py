@@ -1,0 +1,49 @@
+"""From Python or a notebook: a job made of local functions goes in, a trained model and its history come out."""
+
+import pytest
+import torch
+from torch import nn
+
+import tricorn
+
+
+def make_job(**changes) -> tricorn.Job:
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    fields = {
+        "model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
+        "loss": lambda output, target: nn.functional.cross_entropy(output, target),
+        "optimizer": tricorn.optim.Adam(lr=0.05), "train": tricorn.data.arrays(x, y), "batch_size": 16, "epochs": 12,
+        "evaluate": tricorn.data.arrays(x, y),
+        "metrics": {"accuracy": lambda output, target: (output.argmax(1) == target).float().mean()},
+    }  # fmt: skip
+    return tricorn.Job(**(fields | changes))
+
+
+@pytest.mark.parametrize("strategy", ["dp", "ps"])
+def test_train_returns_the_model_and_its_history(tmp_path, strategy):
+    job = make_job()
+    result = tricorn.train(job, strategy=strategy, workers=2, threads=1, runs=tmp_path)
+    inputs, target = job.train.inputs, job.train.target
+    with torch.no_grad():
+        accuracy = (result.model(inputs).argmax(1) == target).float().mean().item()
+    assert accuracy == pytest.approx(result.summary["metrics"]["accuracy"])
+    assert accuracy > 0.9
+    assert [row["step"] for row in result.history if "loss" in row] == list(range(72))
+    assert len([row for row in result.history if "evaluation" in row]) == 12
+    more = tricorn.train(make_job(epochs=14), strategy="dp", threads=1, runs=tmp_path, resume=result.folder)
+    assert more.summary["steps"] == 84
+
+
+def test_an_error_of_the_job_is_raised(tmp_path):
+    def loss(output, target):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(tricorn.errors.UserCodeError, match="ZeroDivisionError: mine") as caught:
+        tricorn.train(make_job(loss=loss), threads=1, runs=tmp_path)
+    assert "test_python.py" in caught.value.where
+
+
+def test_a_plan_that_cannot_be(tmp_path):
+    with pytest.raises(tricorn.errors.PlanError, match="workers is 0"):
+        tricorn.train(make_job(), workers=0, runs=tmp_path)
