@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	$(BIN)/python benchmarks/all.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tricorn needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

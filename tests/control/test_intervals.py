@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ def test_it_is_the_set_of_what_was_added(pairs, numbers):
 def test_pairs_are_ordered_disjoint_and_never_adjacent(pairs):
     kept = Intervals(pairs).pairs
     assert all(start < stop for start, stop in kept)
-    assert all(stop < start for (_, stop), (start, _) in zip(kept, kept[1:], strict=False))
+    assert all(stop < start for (_, stop), (start, _) in pairwise(kept))
     assert Intervals(kept).pairs == kept
 
 

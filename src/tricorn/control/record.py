@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from pathlib import Path
@@ -127,3 +128,9 @@ class Record:
 
     def flush(self) -> None:
         self._metrics.flush()
+
+    def close(self) -> None:
+        """Let go of the files. A disk that will not take the rest has been told of, or the run has ended before."""
+        with contextlib.suppress(OSError):
+            self._metrics.close()
+        self.ledger.close()

@@ -240,4 +240,5 @@ def _write(writer: asyncio.StreamWriter | None, message: m.Message) -> None:
 
 def serve(facts: Facts, record: Record, secret: bytes, listener: socket.socket) -> None:
     """The body of the coordinator's process."""
-    asyncio.run(CoordinatorServer(facts, record, secret).serve(listener))
+    with contextlib.closing(record):
+        asyncio.run(CoordinatorServer(facts, record, secret).serve(listener))

@@ -1,0 +1,50 @@
+"""Run every benchmark and write RESULTS.md: each figure with its command, versions and date."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = ("same_numbers", "startup", "recovery")
+
+
+def section(name: str, quick: list[str]) -> str:
+    command = [sys.executable, HERE / f"{name}.py", "--json", *quick]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    lines = [
+        f"## {result['question'].capitalize()}",
+        "",
+        f"`python benchmarks/{name}.py{' --quick' if quick else ''}`, {date.today()}; {machine}. Medians.",
+        "",
+        "| system | case | figure | low | high | runs |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['system']} | {r['case']} | {r['figure']:.4g} {r['unit']} | {r['low']:.4g} | {r['high']:.4g} | {r['runs']} |"
+            for r in result["rows"]
+        ),
+        "",
+        *(
+            f"- {bar['name']}: {bar['value']:.4g}, "
+            f"{'at least' if 'at_least' in bar else 'at most'} {bar.get('at_least', bar.get('at_most')):.4g}: "
+            f"**{'holds' if bar['holds'] else 'fails'}**"
+            for bar in result["bars"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    quick = [argument for argument in sys.argv[1:] if argument == "--quick"]
+    sections = [section(name, quick) for name in BENCHMARKS]
+    (HERE / "RESULTS.md").write_text("# Results\n\nWritten by `make bench`.\n\n" + "\n\n".join(sections) + "\n")
+    print((HERE / "RESULTS.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

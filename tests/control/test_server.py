@@ -1,0 +1,415 @@
+"""The live coordinator: whatever calls it, a good launcher and good roles are served to the end of their run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tricorn.comm import auth
+from tricorn.comm.sockets import connect, listen, receive_exactly
+from tricorn.control import messages as m
+from tricorn.control.ledger import Ledger, Order
+from tricorn.control.server import MAX_STRANGERS
+from tricorn.control.state import Facts
+from tricorn.errors import AuthenticationError, PeerLost
+
+SECRET = b"s" * 32
+STEPS = 6
+ORDER = Order(seed=3, fingerprint="data", samples=10, batch_size=4, epochs=2)
+FACTS = Facts(
+    workers=2, servers=0, synchronous=True, samples=10, batch_size=4, steps_per_epoch=3, total_steps=STEPS,
+    evaluation_samples=0, checkpoint_seconds=1e6, checkpoint_steps=0, heartbeat_timeout=60.0, barren_restarts=10**6,
+)  # fmt: skip
+PROGRAM = """
+import socket, sys
+from pathlib import Path
+import msgspec
+from tricorn.control.ledger import Order
+from tricorn.control.record import Record
+from tricorn.control.server import serve
+from tricorn.control.state import Facts
+from tricorn.plan import Plan
+
+descriptor, folder, secret, facts, order = sys.argv[1:]
+facts, order = msgspec.json.decode(facts, type=Facts), msgspec.json.decode(order, type=Order)
+record = Record(Path(folder), order, Plan(strategy="dp", workers=2))
+serve(facts, record, bytes.fromhex(secret), socket.socket(fileno=int(descriptor)))
+"""
+GROWTH = 24 << 20  # bytes that the coordinator's memory may grow by under attack
+many = settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+class Speaker:
+    """One end of a control connection. ``hear`` waits for a message of one kind and passes over the others."""
+
+    def __init__(self, sock: socket.socket, kinds: Any) -> None:
+        self.sock = sock
+        self._decode = m.Decoder(kinds)
+        sock.settimeout(10)
+
+    def say(self, message: m.Message) -> None:
+        self.sock.sendall(m.encode(message))
+
+    def hear(self, kind: type[m.Message], **wanted: Any) -> Any:
+        while True:
+            message = self._decode(receive_exactly(self.sock, m.length(receive_exactly(self.sock, m.HEADER.size))))
+            if isinstance(message, kind) and all(getattr(message, name) == value for name, value in wanted.items()):
+                return message
+
+
+class Served:
+    """A coordinator in a process of its own, and its launcher."""
+
+    def __init__(self, folder: Path, facts: Facts = FACTS) -> None:
+        self.folder = folder
+        with listen() as listener:
+            self.address = listener.getsockname()[:2]
+            values = [str(listener.fileno()), folder, SECRET.hex(), msgspec.json.encode(facts), msgspec.json.encode(ORDER)]
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *values], pass_fds=[listener.fileno()], stderr=subprocess.PIPE
+            )
+        self.launcher = Speaker(self.dial(role="launcher"), m.ToLauncher)
+        self.launcher.say(m.Alive(roles={}, dead={}))
+        self.lives = {self.launcher.hear(m.Start, role=role).role: 1 for role in ("worker-0", "worker-1")}
+        self.memory = self.resident()
+
+    def resident(self) -> int:
+        return psutil.Process(self.process.pid).memory_info().rss
+
+    def dial(self, **claim: Any) -> socket.socket:
+        return connect(self.address, SECRET, {"channel": "control"} | claim)
+
+    def role(self, role: str) -> Speaker:
+        return Speaker(self.dial(role=role, incarnation=self.lives[role]), m.Order)
+
+    def replace(self, role: str) -> None:
+        """The launcher sees the role's process end, and starts the one that the coordinator then asks for."""
+        self.launcher.say(m.Exited(role=role, incarnation=self.lives[role], reason="killed"))
+        self.lives[role] = self.launcher.hear(m.Start, role=role).incarnation
+
+    def run(self) -> dict[str, Any]:
+        """A whole run: both workers join, train all steps, save and finish. Returns its summary."""
+        workers = [self.role(role) for role in self.lives]
+        for worker in reversed(workers):
+            epoch = worker.hear(m.Regroup).epoch
+            worker.say(m.Ready(epoch=epoch, part="model", held=[], address=("127.0.0.1", 1)))
+        for worker in workers:
+            begin = worker.hear(m.Begin, epoch=epoch)
+            assert (begin.step, begin.source) == (0, "initial")
+        workers[0].say(m.Committed(epoch=epoch, upto=STEPS, losses=[0.5] * STEPS))
+        os.makedirs(self.folder / "checkpoints" / f"{STEPS:09d}")
+        for worker in workers:
+            worker.say(m.Saved(epoch=epoch, step=STEPS, files=[]))
+            worker.say(m.Finished(epoch=epoch, stopped=False, bytes_sent=5))
+        ended = self.launcher.hear(m.Ended)
+        assert (ended.outcome, ended.error) == ("done", None)
+        for worker in workers:
+            worker.hear(m.Shutdown)
+            worker.sock.close()
+        return ended.summary
+
+    def close(self) -> str:
+        """Hang up; the coordinator ends by itself. Returns what it printed."""
+        self.launcher.sock.close()
+        try:
+            return self.process.communicate(timeout=10)[1].decode()
+        finally:
+            self.process.kill()
+            self.process.communicate()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """A coordinator that has to serve a whole good run after whatever the test does to it."""
+    served = Served(tmp_path)
+    yield served
+    try:
+        assert served.run()["exactly_once"] is True
+        growth = served.resident() - served.memory
+        assert growth < GROWTH
+    finally:
+        printed = served.close()
+    assert (served.process.returncode, printed) == (0, "")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.exactly_once()
+
+
+def outcome(sock: socket.socket) -> bytes:
+    """All that the coordinator still says, after it has been told that nothing more will come, until it hangs up."""
+    said = bytearray()
+    with sock, contextlib.suppress(ConnectionError):
+        sock.settimeout(10)
+        with contextlib.suppress(OSError):  # the coordinator was faster
+            sock.shutdown(socket.SHUT_WR)
+        while part := sock.recv(1 << 16):
+            said += part
+    return bytes(said)
+
+
+def refused(sock: socket.socket) -> None:
+    """It was cut off: not a word but the orders that a role hears on connecting."""
+    sock.settimeout(10)
+    with sock, contextlib.suppress(ConnectionError):
+        while sock.recv(1 << 16):
+            pass
+
+
+def test_a_run_from_the_first_word_to_the_last(served):
+    served.replace("worker-1")
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+opening = b"TRCN" + bytes([auth.VERSION]) + b"n" * auth.NONCE
+junk = st.one_of(
+    st.binary(max_size=300),
+    st.binary(max_size=100).map(lambda tail: opening + tail),
+    st.binary(min_size=32, max_size=100).map(lambda tail: opening + b"\0\2{}" + tail),
+)
+
+
+@many
+@given(junk)
+def test_strangers_learn_nothing(served, sent):
+    sock = socket.create_connection(served.address)
+    sock.sendall(sent)
+    assert len(outcome(sock)) in (0, auth.NONCE)  # at most a nonce, never a proof or an order
+
+
+def test_a_wrong_secret(served):
+    for _ in range(20):
+        with pytest.raises((AuthenticationError, PeerLost)):
+            connect(served.address, b"t" * 32, {"channel": "control", "role": "launcher"})
+
+
+class Recording:
+    """A socket that remembers what was sent."""
+
+    def __init__(self, address: Any, claim: dict[str, Any]) -> None:
+        self.sent: list[bytes] = []
+        steps = auth.dial(SECRET, claim)
+        with socket.create_connection(address) as sock, contextlib.suppress(StopIteration):
+            wanted = next(steps)
+            while True:
+                if isinstance(wanted, int):
+                    wanted = steps.send(receive_exactly(sock, wanted))
+                else:
+                    sock.sendall(wanted)
+                    self.sent.append(wanted)
+                    wanted = next(steps)
+
+
+def test_a_handshake_that_was_overheard_is_worth_nothing(served):
+    overheard = Recording(served.address, {"channel": "control", "role": "worker-0", "incarnation": 1}).sent
+    sock = socket.create_connection(served.address)
+    sock.sendall(b"".join(overheard) + m.encode(m.Heartbeat(bytes_sent=1)))
+    assert len(outcome(sock)) == auth.NONCE
+
+
+def test_the_silent_and_the_half_open_keep_nobody_out(served):
+    sockets = []
+    for i in range(3 * MAX_STRANGERS):
+        sock = socket.create_connection(served.address)
+        sock.sendall((opening + struct.pack("!H", 1024) + b"{" * 1023)[: i * 11])
+        sockets.append(sock)
+    assert served.role("worker-0").hear(m.Regroup).epoch == 1
+    served.replace("worker-1")
+    for sock in sockets:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"role": "worker-0", "incarnation": 0}, {"role": "worker-0", "incarnation": 2}, {"role": "worker-0"},
+        {"role": "worker-9", "incarnation": 1}, {"role": "coordinator", "incarnation": 1}, {"incarnation": 1}, {},
+        {"role": 1, "incarnation": 1}, {"role": ["worker-0"], "incarnation": 1}, {"role": {}, "incarnation": 1},
+        {"role": None, "incarnation": 1}, {"role": ["launcher"]}, {"role": "worker-0", "incarnation": "1"},
+        {"role": "worker-0", "incarnation": True}, {"role": "worker-0", "incarnation": 1.0},
+        {"role": "worker-0", "incarnation": [1]}, {"role": "worker-0", "incarnation": 10**300},
+        {"role": "worker-0", "incarnation": 1, "more": 1}, {"role": "worker-0", "incarnation": 1, "channel": "ps"},
+        {"role": "\ud800", "incarnation": 1}, {"role": "launcher", "channel": None},
+    ],
+)  # fmt: skip
+def test_a_proved_caller_that_is_nobody(served, claim):
+    # Written here, because connect() would not encode some of them.
+    encoded = json.dumps({"channel": "control"} | claim).encode()
+    assert outcome(proved(served.address, encoded)) == b""
+
+
+def proved(address: Any, claim: bytes) -> socket.socket:
+    """A connection whose proof is right, with a claim as it stands."""
+    sock = socket.create_connection(address)
+    sock.settimeout(10)
+    nonce = os.urandom(auth.NONCE)
+    sock.sendall(b"TRCN" + bytes([auth.VERSION]) + nonce + struct.pack("!H", len(claim)) + claim)
+    theirs = receive_exactly(sock, auth.NONCE)
+    sock.sendall(auth._proof(SECRET, b"dialer", nonce, theirs, claim))
+    receive_exactly(sock, auth.PROOF)
+    return sock
+
+
+@pytest.mark.parametrize("claim", [b"", b"[]", b"{", b'{"role":"\xff"}', b'{"role":' + b"[" * 1000, b"null", b'"launcher"'])
+def test_a_proved_claim_that_cannot_be_read(served, claim):
+    assert outcome(proved(served.address, claim)) == b""
+
+
+def test_there_is_one_launcher(served):
+    for _ in range(3):
+        assert outcome(served.dial(role="launcher")) == b""
+    impostor = served.dial(role="launcher")
+    with contextlib.suppress(OSError):
+        impostor.sendall(m.encode(m.Stop()))
+    refused(impostor)
+
+
+def test_a_life_that_is_over_is_not_heard(served):
+    old = served.role("worker-1")
+    served.replace("worker-1")
+    old.say(m.Ready(epoch=1, part="model", held=[3], address=("h", 1)))
+    for incarnation in (1, 3):
+        assert outcome(served.dial(role="worker-1", incarnation=incarnation)) == b""
+    old.sock.close()
+
+
+def test_who_calls_again_is_heard_on_the_new_line(served):
+    first = served.role("worker-0")
+    first.hear(m.Regroup)
+    second = served.role("worker-0")
+    second.hear(m.Regroup)
+    refused(first.sock)
+    second.sock.close()
+
+
+numbers = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**53 - 1, 2**53, 2**63, 2**64 - 1, -(2**63)]))
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.floats(), st.text(max_size=9), st.binary(max_size=9)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+fields = st.dictionaries(
+    st.sampled_from(
+        ["epoch", "part", "held", "address", "applied", "evaluated", "bytes_sent", "upto", "losses", "steps", "step", "loss",
+         "samples", "sums", "files", "reason", "stopped", "more"]
+    ),
+    anything,
+)  # fmt: skip
+REPORTS = {
+    "Ready": m.Ready(epoch=1, part="model", held=[3], address=("h", 1), applied=[(0, 2)]),
+    "Heartbeat": m.Heartbeat(bytes_sent=1),
+    "Committed": m.Committed(epoch=1, upto=3, losses=[1.0]),
+    "Want": m.Want(epoch=1, steps=1),
+    "Applied": m.Applied(epoch=1, steps=[1]),
+    "Trained": m.Trained(epoch=1, step=1, loss=0.5),
+    "Evaluated": m.Evaluated(epoch=1, step=3, samples=1, sums={"loss": (1.0, 1.0)}),
+    "Saved": m.Saved(epoch=1, step=1, files=[m.File(name="worker-1.safetensors", bytes=1, sha256="")]),
+    "Broken": m.Broken(epoch=1, reason="gone"),
+    "Finished": m.Finished(epoch=1, stopped=False, bytes_sent=1),
+}  # fmt: skip  # but Failed, with which any role ends a run
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> bytes:
+    """What a proved role might send: noise, lies about lengths, changed bytes, and values that cannot be."""
+    kind = draw(st.sampled_from(["noise", "length", "bytes", "values"]))
+    good = m.encode(draw(st.sampled_from(list(REPORTS.values()))))
+    if kind == "noise":
+        return draw(st.binary(max_size=64))
+    if kind == "length":
+        return m.HEADER.pack(draw(st.sampled_from([0, 1, 10, m.MAX_FRAME, m.MAX_FRAME + 1, 2**32 - 1]))) + good
+    if kind == "bytes":
+        changed = bytearray(good)
+        for _ in range(draw(st.integers(1, 4))):
+            changed[draw(st.integers(0, len(good) - 1))] = draw(st.integers(0, 255))
+        return bytes(changed)
+    document = msgspec.msgpack.decode(good[m.HEADER.size :]) | draw(fields)
+    payload = msgspec.msgpack.encode(document)
+    return m.HEADER.pack(len(payload)) + payload
+
+
+@many
+@given(st.lists(frames(), min_size=1, max_size=3))
+def test_a_proved_role_that_talks_nonsense(served, sent):
+    sock = served.dial(role="worker-1", incarnation=1)
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(b"".join(sent))
+    outcome(sock)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(frames(), min_size=1, max_size=3))
+def test_a_proved_role_that_talks_nonsense_while_all_run(tmp_path_factory, running, sent):
+    sock = running.dial(role="worker-1", incarnation=1)
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(b"".join(sent))
+    outcome(sock)
+
+
+def test_a_frame_that_is_too_long_is_cut_off_before_it_is_read(served):
+    sock = served.dial(role="worker-1", incarnation=1)
+    sock.sendall(m.HEADER.pack(m.MAX_FRAME + 1))
+    refused(sock)  # although nothing of it was sent
+
+
+def test_a_frame_that_never_ends_costs_at_most_itself(served):
+    sock = served.dial(role="worker-1", incarnation=1)
+    sock.sendall(m.HEADER.pack(m.MAX_FRAME) + b"\0" * (m.MAX_FRAME - 1))
+    served.replace("worker-0")
+    refused_later = sock
+    refused_later.close()
+
+
+def test_nothing_is_unpickled(served, tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    stranger = socket.create_connection(served.address)
+    stranger.sendall(bomb)
+    outcome(stranger)
+    for payload in (bomb, msgspec.msgpack.encode({"type": "Heartbeat", "bytes_sent": bomb})):
+        sock = served.dial(role="worker-1", incarnation=1)
+        sock.sendall(m.HEADER.pack(len(payload)) + payload)
+        refused(sock)
+    assert not (tmp_path / "exploded").exists()
+
+
+SENSELESS = [
+    m.Ready(epoch=1, part="model", held=[STEPS + 1], address=("h", 1)),
+    m.Ready(epoch=1, part="model", held=[2**53 - 1], address=("h", 1)),
+    m.Ready(epoch=1, part="model", held=[], address=("h", 1), applied=[(0, 2**53 - 1)]),
+    m.Committed(epoch=1, upto=2**53 - 1, losses=[]),
+    m.Committed(epoch=1, upto=1, losses=[]),  # only the lead may
+    m.Saved(epoch=1, step=2**53 - 1, files=[]),
+    m.Evaluated(epoch=1, step=STEPS + 1, samples=1, sums={}),
+    m.Applied(epoch=1, steps=[2**53 - 1]),
+    m.Trained(epoch=1, step=1, loss=0.0),
+    m.Want(epoch=1, steps=1),
+]
+
+
+@pytest.mark.parametrize("message", SENSELESS, ids=lambda message: type(message).__name__)
+def test_steps_that_the_run_does_not_have_are_refused(served, message):
+    sock = served.dial(role="worker-1", incarnation=1)
+    sock.sendall(m.encode(message))
+    refused(sock)
