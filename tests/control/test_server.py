@@ -24,9 +24,11 @@ from tricorn.comm import auth
 from tricorn.comm.sockets import connect, listen, receive_exactly
 from tricorn.control import messages as m
 from tricorn.control.ledger import Ledger, Order
-from tricorn.control.server import MAX_STRANGERS
-from tricorn.control.state import Facts
+from tricorn.control.record import Record
+from tricorn.control.server import MAX_STRANGERS, serve
+from tricorn.control.state import Coordinator, Facts
 from tricorn.errors import AuthenticationError, PeerLost
+from tricorn.plan import Plan
 
 SECRET = b"s" * 32
 STEPS = 6
@@ -60,6 +62,7 @@ class Speaker:
     def __init__(self, sock: socket.socket, kinds: Any) -> None:
         self.sock = sock
         self._decode = m.Decoder(kinds)
+        self.epoch = 0
         sock.settimeout(10)
 
     def say(self, message: m.Message) -> None:
@@ -79,7 +82,13 @@ class Served:
         self.folder = folder
         with listen() as listener:
             self.address = listener.getsockname()[:2]
-            values = [str(listener.fileno()), folder, SECRET.hex(), msgspec.json.encode(facts), msgspec.json.encode(ORDER)]
+            values = [
+                str(listener.fileno()),
+                folder,
+                SECRET.hex(),
+                msgspec.json.encode(facts),
+                msgspec.json.encode(ORDER),
+            ]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *values], pass_fds=[listener.fileno()], stderr=subprocess.PIPE
             )
@@ -102,15 +111,21 @@ class Served:
         self.launcher.say(m.Exited(role=role, incarnation=self.lives[role], reason="killed"))
         self.lives[role] = self.launcher.hear(m.Start, role=role).incarnation
 
-    def run(self) -> dict[str, Any]:
-        """A whole run: both workers join, train all steps, save and finish. Returns its summary."""
+    def begin(self) -> list[Speaker]:
+        """Both workers join, and hold nothing; the newest membership epoch begins."""
         workers = [self.role(role) for role in self.lives]
+        # The second may have been spoken for in this epoch, so that the first completes it.
         for worker in reversed(workers):
-            epoch = worker.hear(m.Regroup).epoch
-            worker.say(m.Ready(epoch=epoch, part="model", held=[], address=("127.0.0.1", 1)))
+            worker.epoch = worker.hear(m.Regroup).epoch
+            worker.say(m.Ready(epoch=worker.epoch, part="model", held=[], address=("127.0.0.1", 1)))
         for worker in workers:
-            begin = worker.hear(m.Begin, epoch=epoch)
-            assert (begin.step, begin.source) == (0, "initial")
+            assert worker.hear(m.Begin, epoch=workers[0].epoch).step == 0
+        return workers
+
+    def run(self) -> dict[str, Any]:
+        """A whole run: both workers train all steps, save and finish. Returns its summary."""
+        workers = self.begin()
+        epoch = workers[0].epoch
         workers[0].say(m.Committed(epoch=epoch, upto=STEPS, losses=[0.5] * STEPS))
         os.makedirs(self.folder / "checkpoints" / f"{STEPS:09d}")
         for worker in workers:
@@ -230,34 +245,31 @@ def test_a_handshake_that_was_overheard_is_worth_nothing(served):
 
 
 def test_the_silent_and_the_half_open_keep_nobody_out(served):
-    sockets = []
-    for i in range(3 * MAX_STRANGERS):
-        sock = socket.create_connection(served.address)
-        sock.sendall((opening + struct.pack("!H", 1024) + b"{" * 1023)[: i * 11])
-        sockets.append(sock)
-    assert served.role("worker-0").hear(m.Regroup).epoch == 1
-    served.replace("worker-1")
-    for sock in sockets:
-        sock.close()
+    with contextlib.ExitStack() as open_meanwhile:
+        for i in range(3 * MAX_STRANGERS):
+            sock = open_meanwhile.enter_context(socket.create_connection(served.address))
+            sock.sendall((opening + struct.pack("!H", 1024) + b"{" * 1023)[: i * 11])
+        worker = open_meanwhile.enter_context(served.role("worker-0").sock)
+        assert Speaker(worker, m.Order).hear(m.Regroup).epoch == 1
+        served.replace("worker-1")
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [
-        {"role": "worker-0", "incarnation": 0}, {"role": "worker-0", "incarnation": 2}, {"role": "worker-0"},
-        {"role": "worker-9", "incarnation": 1}, {"role": "coordinator", "incarnation": 1}, {"incarnation": 1}, {},
-        {"role": 1, "incarnation": 1}, {"role": ["worker-0"], "incarnation": 1}, {"role": {}, "incarnation": 1},
-        {"role": None, "incarnation": 1}, {"role": ["launcher"]}, {"role": "worker-0", "incarnation": "1"},
-        {"role": "worker-0", "incarnation": True}, {"role": "worker-0", "incarnation": 1.0},
-        {"role": "worker-0", "incarnation": [1]}, {"role": "worker-0", "incarnation": 10**300},
-        {"role": "worker-0", "incarnation": 1, "more": 1}, {"role": "worker-0", "incarnation": 1, "channel": "ps"},
-        {"role": "\ud800", "incarnation": 1}, {"role": "launcher", "channel": None},
-    ],
-)  # fmt: skip
-def test_a_proved_caller_that_is_nobody(served, claim):
-    # Written here, because connect() would not encode some of them.
-    encoded = json.dumps({"channel": "control"} | claim).encode()
-    assert outcome(proved(served.address, encoded)) == b""
+NOBODY = [
+    {"role": "worker-0", "incarnation": 0}, {"role": "worker-0", "incarnation": 2}, {"role": "worker-0"},
+    {"role": "worker-9", "incarnation": 1}, {"role": "coordinator", "incarnation": 1}, {"incarnation": 1}, {},
+    {"role": 1, "incarnation": 1}, {"role": ["worker-0"], "incarnation": 1}, {"role": {}, "incarnation": 1},
+    {"role": None, "incarnation": 1}, {"role": ["launcher"]}, {"role": "worker-0", "incarnation": "1"},
+    {"role": "worker-0", "incarnation": True}, {"role": "worker-0", "incarnation": 1.0},
+    {"role": "worker-0", "incarnation": [1]}, {"role": "worker-0", "incarnation": 10**300},
+    {"role": "worker-0", "incarnation": 1, "more": 1}, {"role": "worker-0", "incarnation": 1, "channel": "ps"},
+    {"role": "\ud800", "incarnation": 1}, {"role": "launcher", "channel": None},
+]  # fmt: skip
+
+
+def test_proved_callers_that_are_nobody(served):
+    for claim in NOBODY:
+        # Encoded here, because connect() would not encode some of them.
+        assert outcome(proved(served.address, json.dumps({"channel": "control"} | claim).encode())) == b"", claim
 
 
 def proved(address: Any, claim: bytes) -> socket.socket:
@@ -272,9 +284,9 @@ def proved(address: Any, claim: bytes) -> socket.socket:
     return sock
 
 
-@pytest.mark.parametrize("claim", [b"", b"[]", b"{", b'{"role":"\xff"}', b'{"role":' + b"[" * 1000, b"null", b'"launcher"'])
-def test_a_proved_claim_that_cannot_be_read(served, claim):
-    assert outcome(proved(served.address, claim)) == b""
+def test_proved_claims_that_cannot_be_read(served):
+    for claim in (b"", b"[]", b"{", b'{"role":"\xff"}', b'{"role":' + b"[" * 1000, b"null", b'"launcher"'):
+        assert outcome(proved(served.address, claim)) == b"", claim
 
 
 def test_there_is_one_launcher(served):
@@ -312,60 +324,79 @@ anything = st.recursive(
 )
 fields = st.dictionaries(
     st.sampled_from(
-        ["epoch", "part", "held", "address", "applied", "evaluated", "bytes_sent", "upto", "losses", "steps", "step", "loss",
-         "samples", "sums", "files", "reason", "stopped", "more"]
+        ["epoch", "part", "held", "address", "applied", "evaluated", "bytes_sent", "upto", "losses", "steps", "step",
+         "loss", "samples", "sums", "files", "reason", "stopped", "more"]
     ),
     anything,
 )  # fmt: skip
-REPORTS = {
-    "Ready": m.Ready(epoch=1, part="model", held=[3], address=("h", 1), applied=[(0, 2)]),
-    "Heartbeat": m.Heartbeat(bytes_sent=1),
-    "Committed": m.Committed(epoch=1, upto=3, losses=[1.0]),
-    "Want": m.Want(epoch=1, steps=1),
-    "Applied": m.Applied(epoch=1, steps=[1]),
-    "Trained": m.Trained(epoch=1, step=1, loss=0.5),
-    "Evaluated": m.Evaluated(epoch=1, step=3, samples=1, sums={"loss": (1.0, 1.0)}),
-    "Saved": m.Saved(epoch=1, step=1, files=[m.File(name="worker-1.safetensors", bytes=1, sha256="")]),
-    "Broken": m.Broken(epoch=1, reason="gone"),
-    "Finished": m.Finished(epoch=1, stopped=False, bytes_sent=1),
-}  # fmt: skip  # but Failed, with which any role ends a run
 
 
-@st.composite
-def frames(draw: st.DrawFn) -> bytes:
-    """What a proved role might send: noise, lies about lengths, changed bytes, and values that cannot be."""
-    kind = draw(st.sampled_from(["noise", "length", "bytes", "values"]))
-    good = m.encode(draw(st.sampled_from(list(REPORTS.values()))))
-    if kind == "noise":
-        return draw(st.binary(max_size=64))
-    if kind == "length":
-        return m.HEADER.pack(draw(st.sampled_from([0, 1, 10, m.MAX_FRAME, m.MAX_FRAME + 1, 2**32 - 1]))) + good
-    if kind == "bytes":
-        changed = bytearray(good)
-        for _ in range(draw(st.integers(1, 4))):
-            changed[draw(st.integers(0, len(good) - 1))] = draw(st.integers(0, 255))
-        return bytes(changed)
-    document = msgspec.msgpack.decode(good[m.HEADER.size :]) | draw(fields)
-    payload = msgspec.msgpack.encode(document)
+def reports(epoch: int) -> list[m.Message]:
+    """One of each that a role says but Failed, with which any role ends a run."""
+    return [
+        m.Ready(epoch=epoch, part="model", held=[3], address=("h", 1), applied=[(0, 2)]),
+        m.Heartbeat(bytes_sent=1),
+        m.Committed(epoch=epoch, upto=3, losses=[1.0]),
+        m.Want(epoch=epoch, steps=1),
+        m.Applied(epoch=epoch, steps=[1]),
+        m.Trained(epoch=epoch, step=1, loss=0.5),
+        m.Evaluated(epoch=epoch, step=3, samples=1, sums={"loss": (1.0, 1.0)}),
+        m.Saved(epoch=epoch, step=1, files=[m.File(name="worker-1.safetensors", bytes=1, sha256="")]),
+        m.Broken(epoch=epoch, reason="gone"),
+        m.Finished(epoch=epoch, stopped=False, bytes_sent=1),
+    ]
+
+
+def lying(epoch: int, which: int, count: int) -> bytes:
+    return m.HEADER.pack(count) + m.encode(reports(epoch)[which])
+
+
+def changed(epoch: int, which: int, changes: list[tuple[int, int]]) -> bytes:
+    frame = bytearray(m.encode(reports(epoch)[which]))
+    for place, byte in changes:
+        frame[place % len(frame)] = byte
+    return bytes(frame)
+
+
+def impossible(epoch: int, which: int, values: dict[str, Any]) -> bytes:
+    document = msgspec.msgpack.decode(m.encode(reports(epoch)[which])[m.HEADER.size :])
+    payload = msgspec.msgpack.encode(document | values)
     return m.HEADER.pack(len(payload)) + payload
 
 
-@many
-@given(st.lists(frames(), min_size=1, max_size=3))
+which = st.integers(0, len(reports(1)) - 1)
+counts = st.sampled_from([0, 1, 10, m.MAX_FRAME, m.MAX_FRAME + 1, 2**32 - 1])
+changes = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4)
+# Functions of the membership epoch that make what a proved role might send.
+nonsense = st.lists(
+    st.one_of(
+        st.binary(max_size=64).map(lambda noise: lambda epoch: noise),
+        st.builds(lambda w, count: lambda epoch: lying(epoch, w, count), which, counts),
+        st.builds(lambda w, changes: lambda epoch: changed(epoch, w, changes), which, changes),
+        st.builds(lambda w, values: lambda epoch: impossible(epoch, w, values), which, fields),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(many, max_examples=700)
+@given(nonsense)
 def test_a_proved_role_that_talks_nonsense(served, sent):
     sock = served.dial(role="worker-1", incarnation=1)
     with contextlib.suppress(ConnectionError):
-        sock.sendall(b"".join(sent))
+        sock.sendall(b"".join(frame(1) for frame in sent))
     outcome(sock)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(st.lists(frames(), min_size=1, max_size=3))
-def test_a_proved_role_that_talks_nonsense_while_all_run(tmp_path_factory, running, sent):
-    sock = running.dial(role="worker-1", incarnation=1)
+@settings(many, max_examples=300)
+@given(nonsense)
+def test_a_member_that_talks_nonsense_while_steps_run(served, sent):
+    workers = served.begin()
     with contextlib.suppress(ConnectionError):
-        sock.sendall(b"".join(sent))
-    outcome(sock)
+        workers[1].sock.sendall(b"".join(frame(workers[1].epoch) for frame in sent))
+    for worker in workers:
+        outcome(worker.sock)
 
 
 def test_a_frame_that_is_too_long_is_cut_off_before_it_is_read(served):
@@ -378,8 +409,7 @@ def test_a_frame_that_never_ends_costs_at_most_itself(served):
     sock = served.dial(role="worker-1", incarnation=1)
     sock.sendall(m.HEADER.pack(m.MAX_FRAME) + b"\0" * (m.MAX_FRAME - 1))
     served.replace("worker-0")
-    refused_later = sock
-    refused_later.close()
+    sock.close()
 
 
 def test_nothing_is_unpickled(served, tmp_path):
@@ -408,8 +438,34 @@ SENSELESS = [
 ]
 
 
-@pytest.mark.parametrize("message", SENSELESS, ids=lambda message: type(message).__name__)
-def test_steps_that_the_run_does_not_have_are_refused(served, message):
-    sock = served.dial(role="worker-1", incarnation=1)
-    sock.sendall(m.encode(message))
-    refused(sock)
+def test_steps_that_the_run_does_not_have_are_refused(served):
+    for message in SENSELESS:
+        sock = served.dial(role="worker-1", incarnation=1)
+        sock.sendall(m.encode(message))
+        refused(sock)
+
+
+def test_a_launcher_that_talks_nonsense_ends_its_own_run(tmp_path):
+    served = Served(tmp_path)
+    served.launcher.sock.sendall(m.HEADER.pack(3) + b"abc")
+    refused(served.launcher.sock)
+    assert (served.close(), served.process.returncode) == ("", 0)
+
+
+def test_a_full_disk_ends_the_run_with_a_remedy(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    served = Served(tmp_path)
+    for worker in served.begin():
+        worker.sock.close()
+    ended = served.launcher.hear(m.Ended)
+    assert (ended.outcome, ended.error.kind) == ("failed", "StorageError")
+    assert "No space left" in ended.error.message
+    assert "Free space" in ended.error.remedy
+    assert (served.close(), served.process.returncode) == ("", 0)
+
+
+def test_a_mistake_of_its_own_ends_the_coordinator(tmp_path, monkeypatch):
+    """Which is then replaced: one that has lost its clock would wait for ever."""
+    monkeypatch.setattr(Coordinator, "tick", lambda self, now: 1 // 0)
+    with listen() as listener, pytest.raises(ZeroDivisionError):
+        serve(FACTS, Record(tmp_path, ORDER, Plan(strategy="dp")), SECRET, listener)

@@ -7,8 +7,8 @@ import sys
 import typer
 
 from tricorn.cli.demo import demo
+from tricorn.cli.doctor import doctor
 
-# from tricorn.cli.doctor import doctor
 from tricorn.cli.train import train
 from tricorn.errors import TricornError
 from tricorn.report.failure import show
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(demo)
-# app.command()(doctor)
+app.command()(doctor)
 
 
 def main() -> None:

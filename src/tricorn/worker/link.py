@@ -46,6 +46,7 @@ class Link:
         self._handle = handle
         self._bytes_sent = bytes_sent
         self._outgoing: deque[m.Report] = deque()
+        self._failure: m.Failed | None = None
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._closing = False
@@ -57,6 +58,8 @@ class Link:
 
     def send(self, message: m.Report) -> None:
         """Queue a message. Safe from any thread, never blocks."""
+        if isinstance(message, m.Failed):
+            self._failure = message
         self._outgoing.append(message)
         self._wake()
 
@@ -97,9 +100,9 @@ class Link:
                 time.sleep(CALL_AGAIN_SECONDS)
             else:
                 for _ in range(len(self._outgoing)):
-                    message = self._outgoing.popleft()
-                    if isinstance(message, m.Failed):
-                        self._outgoing.append(message)
+                    self._outgoing.popleft()
+                if self._failure is not None:  # even if it was sent: perhaps nobody read it
+                    self._outgoing.appendleft(self._failure)
                 return sock
 
     def _converse(self, sock: socket.socket) -> None:

@@ -1,0 +1,49 @@
+"""The command line as a person types it: verbs, wrong usage, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRICORN = Path(sys.executable).with_name("tricorn")
+
+
+def tricorn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([TRICORN, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_every_verb_is_listed(tmp_path):
+    shown = tricorn("--help", cwd=tmp_path).stdout
+    assert all(verb in shown for verb in ("train", "demo", "doctor"))
+
+
+def test_the_doctor_speaks_json(tmp_path):
+    done = tricorn("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "tricorn train FILE.py"),
+        (["train", "nowhere.py"], "there is no file nowhere.py"),
+        (["train", "empty.py"], "there is no job"),
+        (["train", "empty.py:other"], "there is no other"),
+        (["train", "empty.py", "--servers", "3"], "only --strategy ps has servers"),
+        (["train", "empty.py", "--workers", "0"], "give at least 1"),
+        (["train", "empty.py", "--checkpoint-every", "soon"], "such as 30s"),
+        (["train", "--resume", "nothing"], "there is no run nothing"),
+        (["train", "broken.py"], "1 / 0"),
+        (["train", "--wrokers", "2"], "No such option"),
+    ],
+)
+def test_wrong_usage(tmp_path, arguments, said):
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("x = 1 / 0\n")
+    done = tricorn(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not done.stdout
