@@ -131,12 +131,17 @@ class Launcher:
         spec = self._spec("coordinator", incarnation)
         self._engine.start(spec)
         claim = {"channel": "control", "role": "launcher"}
-        with contextlib.suppress(PeerLost):  # it died at once: the engine will say so
+        try:
             self._coordinator = connect(spec.coordinator, spec.secret, claim, timeout=COORDINATOR_SECONDS)
-            dead = {role: life for role, life in self._dead.items() if role != "coordinator"}
-            self._tell(m.Alive(roles=self._alive, dead=dead))
-            if self._stop_by is not None:
-                self._tell(m.Stop())
+        except PeerLost:
+            self._engine.kill(
+                "coordinator", incarnation
+            )  # if it is not dead already; the engine will tell, then the next
+            return
+        dead = {role: life for role, life in self._dead.items() if role != "coordinator"}
+        self._tell(m.Alive(roles=self._alive, dead=dead))
+        if self._stop_by is not None:
+            self._tell(m.Stop())
 
     def _tell(self, message: m.FromLauncher) -> None:
         # A word lost with a dying coordinator is not missed: the next one is told afresh who is alive.

@@ -22,6 +22,7 @@ from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
 from tricorn.control.ledger import Ledger
 from tricorn.control.state import Facts
+from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
@@ -142,8 +143,6 @@ def _launcher(
     folder: Path,
     display: Progress,
 ) -> Launcher:
-    from tricorn.data.order import steps_per_epoch
-
     steps = steps_per_epoch(job.samples, job.batch_size)
     facts = Facts(
         workers=plan.workers, servers=plan.servers, synchronous=plan.synchronous, samples=job.samples,
@@ -209,7 +208,13 @@ def _new_folder(runs: Path, job: JobFacts, plan: Plan) -> Path:
 
 
 def _prepare(folder: Path, job: JobFacts, plan: Plan) -> Path:
-    Ledger(folder / "ledger.sqlite", job.order).close()  # is it the same order of samples?
+    with Ledger(folder / "ledger.sqlite", job.order) as ledger:  # which refuses another order of samples
+        done, steps = len(ledger.committed()), job.epochs * steps_per_epoch(job.samples, job.batch_size)
+    if done > steps:
+        raise UsageError(
+            f"the run has done {done} steps already, and {job.epochs} epochs have only {steps}",
+            remedy="Give the job more epochs, or start a new run.",
+        )
     (folder / "logs").mkdir(exist_ok=True)
     _write_json(folder / "job.json", job)
     _write_json(folder / "plan.json", plan)

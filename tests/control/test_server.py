@@ -317,18 +317,12 @@ def test_who_calls_again_is_heard_on_the_new_line(served):
 
 
 numbers = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**53 - 1, 2**53, 2**63, 2**64 - 1, -(2**63)]))
-anything = st.recursive(
-    st.one_of(st.none(), st.booleans(), numbers, st.floats(), st.text(max_size=9), st.binary(max_size=9)),
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=9), st.binary(max_size=9), numbers),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=6,
 )
-fields = st.dictionaries(
-    st.sampled_from(
-        ["epoch", "part", "held", "address", "applied", "evaluated", "bytes_sent", "upto", "losses", "steps", "step",
-         "loss", "samples", "sums", "files", "reason", "stopped", "more"]
-    ),
-    anything,
-)  # fmt: skip
+anything = st.one_of(numbers, st.lists(numbers, max_size=3), values)
 
 
 def reports(epoch: int) -> list[m.Message]:
@@ -358,22 +352,27 @@ def changed(epoch: int, which: int, changes: list[tuple[int, int]]) -> bytes:
     return bytes(frame)
 
 
-def impossible(epoch: int, which: int, values: dict[str, Any]) -> bytes:
+def impossible(epoch: int, which: int, replaced: list[tuple[int, Any]], added: dict[str, Any]) -> bytes:
     document = msgspec.msgpack.decode(m.encode(reports(epoch)[which])[m.HEADER.size :])
-    payload = msgspec.msgpack.encode(document | values)
+    for place, value in replaced:
+        document[[*document][place % len(document)]] = value
+    payload = msgspec.msgpack.encode(document | added)
     return m.HEADER.pack(len(payload)) + payload
 
 
 which = st.integers(0, len(reports(1)) - 1)
 counts = st.sampled_from([0, 1, 10, m.MAX_FRAME, m.MAX_FRAME + 1, 2**32 - 1])
 changes = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4)
+replaced = st.lists(st.tuples(st.integers(0, 9), anything), min_size=1, max_size=2)
+added = st.dictionaries(st.text(max_size=9), anything, max_size=1)
 # Functions of the membership epoch that make what a proved role might send.
 nonsense = st.lists(
     st.one_of(
         st.binary(max_size=64).map(lambda noise: lambda epoch: noise),
         st.builds(lambda w, count: lambda epoch: lying(epoch, w, count), which, counts),
         st.builds(lambda w, changes: lambda epoch: changed(epoch, w, changes), which, changes),
-        st.builds(lambda w, values: lambda epoch: impossible(epoch, w, values), which, fields),
+        st.builds(lambda w, new: lambda epoch: impossible(epoch, w, new, {}), which, replaced),
+        st.builds(lambda w, new, more: lambda epoch: impossible(epoch, w, new, more), which, replaced, added),
     ),
     min_size=1,
     max_size=3,

@@ -43,6 +43,19 @@ def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strateg
     assert harness.distance(again.weights("long"), harness.plain("long")) <= 1e-10
 
 
+def test_the_process_that_starts_the_roles_dies(tmp_path):
+    run = harness.start(tmp_path, "long", "--strategy", "ps", "--checkpoint-every", "20")
+    run.reach(30)
+    family = processes(run)
+    family[1].kill()
+    code, _, err = run.end()
+    assert code == 3
+    assert "killed by signal 9" in err
+    assert "tricorn train --resume" in err.splitlines()[-1]
+    assert not psutil.wait_procs(family, SECONDS)[1]
+    assert harness.resume(tmp_path, "--strategy", "dp").summary()["exactly_once"]
+
+
 def test_a_run_that_is_done_leaves_nothing(tmp_path):
     run = harness.start(tmp_path, "sgd64", "--strategy", "ps")
     run.reach(1)

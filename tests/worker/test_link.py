@@ -84,7 +84,11 @@ class Desk:
         return sock
 
     def line(self) -> Line:
-        return Line(self.call())
+        """A line on which the link already listens: what was queued before is dropped by now."""
+        line = Line(self.call())
+        line.order(m.Regroup(epoch=0))
+        assert self.orders.get(timeout=10) == m.Regroup(epoch=0)
+        return line
 
     def close(self) -> None:
         for sock in (*self._lines, self.listener):
@@ -151,13 +155,11 @@ def hangs_up(line: Line) -> None:
 
 @pytest.mark.parametrize("breaks", [hangs_up, garbage, too_long])
 def test_it_calls_again_after_the_line_broke(desk, breaks: Callable[[Line], None]):
-    for epoch in range(3):
+    for step in range(3):
         line = desk.line()
         assert line.claim["incarnation"] == 3
-        line.order(m.Regroup(epoch=epoch))
-        assert desk.orders.get(timeout=10) == m.Regroup(epoch=epoch)
-        desk.link.send(trained(epoch))
-        assert line.report() == trained(epoch)
+        desk.link.send(trained(step))
+        assert line.report() == trained(step)
         breaks(line)
 
 

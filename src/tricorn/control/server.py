@@ -53,7 +53,9 @@ class CoordinatorServer:
     """
 
     def __init__(self, facts: Facts, record: Record, secret: bytes) -> None:
-        self._facts = facts
+        self._synchronous = facts.synchronous
+        # A run that went on with fewer epochs than it had holds more steps than it now wants.
+        self._steps = max(facts.total_steps, len(record.ledger.committed()))
         self._record = record
         self._secret = secret
         self._state = Coordinator(
@@ -159,7 +161,7 @@ class CoordinatorServer:
         try:
             while self._roles.get(role) is writer:
                 message = self._from_role(await _payload(reader))
-                refuse_nonsense(role, message, synchronous=self._facts.synchronous, total_steps=self._facts.total_steps)
+                refuse_nonsense(role, message, synchronous=self._synchronous, total_steps=self._steps)
                 self._do(self._state.report(role, incarnation, message, time.monotonic()))
         finally:
             if self._roles.get(role) is writer:
