@@ -8,7 +8,6 @@ import typer
 
 from tricorn.cli.demo import demo
 from tricorn.cli.doctor import doctor
-
 from tricorn.cli.train import train
 from tricorn.errors import TricornError
 from tricorn.report.failure import show
