@@ -34,12 +34,16 @@ class Launcher:
         display: Progress,
         *,
         steps_per_epoch: int,
+        silence: float,
         note_pids: Callable[[dict[str, int]], None],
     ) -> None:
+        """A coordinator that says nothing for ``silence`` seconds is ended and replaced."""
         self._engine = engine
         self._spec = spec
         self._display = display
         self._steps_per_epoch = steps_per_epoch
+        self._silence = silence
+        self._heard = 0.0
         self._note_pids = note_pids
         self._decode = m.Decoder(m.ToLauncher)
         self._alive: dict[str, int] = {}
@@ -80,6 +84,9 @@ class Launcher:
                     if isinstance(message, m.Ended):
                         return message
                     self._obey(message)
+        if self._coordinator is not None and time.monotonic() - self._heard > self._silence:
+            self._display.notice("the coordinator is not heard from")
+            self._give_up_coordinator()
         if self._stop_by is not None and time.monotonic() > self._stop_by:
             raise Interrupted("the run was interrupted before it could save; it goes on from its last checkpoint")
         return None
@@ -134,14 +141,18 @@ class Launcher:
         try:
             self._coordinator = connect(spec.coordinator, spec.secret, claim, timeout=COORDINATOR_SECONDS)
         except PeerLost:
-            self._engine.kill(
-                "coordinator", incarnation
-            )  # if it is not dead already; the engine will tell, then the next
+            self._give_up_coordinator()
             return
+        self._heard = time.monotonic()
         dead = {role: life for role, life in self._dead.items() if role != "coordinator"}
         self._tell(m.Alive(roles=self._alive, dead=dead))
         if self._stop_by is not None:
             self._tell(m.Stop())
+
+    def _give_up_coordinator(self) -> None:
+        """End it, if it is not dead already: the engine will tell, and the next one is started."""
+        self._hang_up()
+        self._engine.kill("coordinator", self._dead["coordinator"])
 
     def _tell(self, message: m.FromLauncher) -> None:
         # A word lost with a dying coordinator is not missed: the next one is told afresh who is alive.
@@ -153,10 +164,12 @@ class Launcher:
         assert self._coordinator is not None
         try:
             header = receive_exactly(self._coordinator, m.HEADER.size)
-            return self._decode(receive_exactly(self._coordinator, m.length(header)))
+            message = self._decode(receive_exactly(self._coordinator, m.length(header)))
         except (PeerLost, OSError):
             self._hang_up()
             return None
+        self._heard = time.monotonic()
+        return message
 
     def _hang_up(self) -> None:
         if self._coordinator is not None:

@@ -7,20 +7,17 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from tricorn import errors
+from tricorn import folder as folders
 from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
-from tricorn.control.ledger import Ledger
 from tricorn.control.state import Facts
 from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
@@ -52,9 +49,8 @@ class Result:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """One entry a step with its loss, one an evaluation with its values, in the order in which they happened."""
-        lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
-        return [msgspec.json.decode(line) for line in lines]
+        """One entry a step with its loss, one an evaluation with its values, in the order of steps."""
+        return folders.history(self.folder)
 
 
 def train(
@@ -86,14 +82,14 @@ def train(
             strategy=strategy, workers=workers, servers=(1 if strategy == "ps" else 0) if servers is None else servers,
             consistency=consistency, staleness=staleness, microbatches=microbatches, threads=threads,
         )  # fmt: skip
-    folder = find_run(resume, Path(runs)) if resume is not None else None
+    folder = folders.find(resume, Path(runs)) if resume is not None else None
     timing = timing_of(checkpoint_every, heartbeat_timeout)
     summary, folder = execute(LocalEngine, job, plan, timing, runs=Path(runs), folder=folder)
     return Result(job, folder, summary)
 
 
 def execute(
-    engine_type: type[LocalEngine],
+    engine_type: Callable[[Job | tuple[str, str]], Engine],
     job: Job | tuple[str, str],
     plan: Plan,
     timing: Timing,
@@ -116,9 +112,10 @@ def execute(
         engine = engine_type(job)
         try:
             facts, coordinator = engine.load(plan)
-            folder = _prepare(folder or _new_folder(runs, facts, plan), facts, plan)
-            launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
-            ended = launcher.run()
+            folder = folder or folders.create(runs, facts, plan)
+            with folders.held(folder):
+                launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
+                ended = launcher.run()
         except KeyboardInterrupt:
             raise Interrupted("the run was interrupted before it began", remedy="Start it again.") from None
         except TricornError as error:
@@ -129,7 +126,9 @@ def execute(
     if ended.error is not None:
         raise _located(_error(ended.error), folder)
     if ended.outcome == "stopped":
-        raise _located(Interrupted(f"the run was interrupted at step {ended.summary['steps']} and is saved"), folder)
+        steps, saved = ended.summary["steps"], ended.summary["saved"]
+        what = "and is saved" if saved == steps else f"and goes on from {f'step {saved}' if saved else 'the beginning'}"
+        raise _located(Interrupted(f"the run was interrupted at step {steps} {what}"), folder)
     display.finished(ended.summary)
     return ended.summary, folder
 
@@ -150,37 +149,22 @@ def _launcher(
         evaluation_samples=job.evaluation_samples, checkpoint_seconds=timing.checkpoint_seconds,
         checkpoint_steps=timing.checkpoint_steps, heartbeat_timeout=timing.heartbeat_timeout,
     )  # fmt: skip
-    secret = new_secret()
+    secret, launch = new_secret(), new_secret().hex()[:16]
 
     def spec(role: str, incarnation: int) -> RoleSpec:
         return RoleSpec(
             role=role, incarnation=incarnation, coordinator=coordinator, secret=secret, folder=str(folder.resolve()),
-            plan=plan, job=job, facts=facts, timing=timing,
+            launch=launch, threads=plan.threads or engine.threads(plan), plan=plan, job=job, facts=facts, timing=timing,
         )  # fmt: skip
 
     def note_pids(pids: dict[str, int]) -> None:
-        _write_json(folder / "roles.json", pids)
+        with contextlib.suppress(OSError):  # it is for whoever looks; a full disk is told where something is lost
+            folders.write_json(folder / "roles.json", pids)
 
-    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
-    return Launcher(engine, spec, display, steps_per_epoch=steps, note_pids=note_pids)
-
-
-def find_run(name: str | Path, runs: Path) -> Path:
-    """The folder of a run, given by its path or its name."""
-    for folder in (Path(name), runs / name):
-        if (folder / "job.json").is_file():
-            return folder.resolve()
-    raise UsageError(f"there is no run {name}", remedy=f"Name a run's folder, such as {runs / 'latest'}.")
-
-
-def load_run(folder: Path) -> tuple[JobFacts, Plan]:
-    """The job and the plan with which a run was last started."""
-    try:
-        job = msgspec.json.decode((folder / "job.json").read_bytes(), type=JobFacts)
-        plan = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"the run {folder} cannot be resumed: {error}", remedy="Start a new run.") from None
-    return job, plan
+    done = folders.prepare(folder, job, plan)
+    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs, step=done)
+    silence = 3 * timing.heartbeat_timeout  # the hashes of a large checkpoint take their time
+    return Launcher(engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids)
 
 
 def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:
@@ -191,45 +175,13 @@ def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:
             f"checkpoint_every is {checkpoint_every!r}",
             remedy="Give a number of steps, such as 100, or a time, such as 30s.",
         )
+    if not heartbeat_timeout >= 0.5:
+        raise UsageError(
+            f"heartbeat_timeout is {heartbeat_timeout:g} s", remedy="Give at least 0.5: a busy role needs a moment."
+        )
     if match[2] == "s":
         return Timing(checkpoint_seconds=float(match[1]), heartbeat_timeout=heartbeat_timeout)
     return Timing(checkpoint_steps=max(1, int(float(match[1]))), heartbeat_timeout=heartbeat_timeout)
-
-
-def _new_folder(runs: Path, job: JobFacts, plan: Plan) -> Path:
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_-]+', '', job.name) or 'job'}-{plan.strategy}"
-    runs.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):
-        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-    raise UsageError(f"{runs} has a thousand runs of this second", remedy="Choose another folder with --runs.")
-
-
-def _prepare(folder: Path, job: JobFacts, plan: Plan) -> Path:
-    with Ledger(folder / "ledger.sqlite", job.order) as ledger:  # which refuses another order of samples
-        done, steps = len(ledger.committed()), job.epochs * steps_per_epoch(job.samples, job.batch_size)
-    if done > steps:
-        raise UsageError(
-            f"the run has done {done} steps already, and {job.epochs} epochs have only {steps}",
-            remedy="Give the job more epochs, or start a new run.",
-        )
-    (folder / "logs").mkdir(exist_ok=True)
-    _write_json(folder / "job.json", job)
-    _write_json(folder / "plan.json", plan)
-    latest = folder.parent / "latest"
-    fresh = folder.parent / f".latest-{os.getpid()}"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(folder.name)
-    fresh.replace(latest)
-    return folder
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
-    partial.replace(path)
 
 
 def _error(failed: m.Failed) -> TricornError:

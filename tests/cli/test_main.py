@@ -37,6 +37,8 @@ def test_the_doctor_speaks_json(tmp_path):
         (["train", "empty.py", "--checkpoint-every", "soon"], "such as 30s"),
         (["train", "--resume", "nothing"], "there is no run nothing"),
         (["train", "broken.py"], "1 / 0"),
+        (["train", "empty.py", "--heartbeat-timeout", "0"], "at least 0.5"),
+        (["train", "empty.py", "--runs", "empty.py"], "there is no job"),
         (["train", "--wrokers", "2"], "No such option"),
     ],
 )

@@ -16,6 +16,7 @@ from tricorn.control.intervals import Intervals
 from tricorn.control.ledger import Order
 from tricorn.control.messages import File
 from tricorn.control.record import Record
+from tricorn.folder import history
 from tricorn.plan import Plan
 from tricorn.testing.clock import VirtualClock
 
@@ -30,12 +31,13 @@ PROMISED = {
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     clock = VirtualClock(100.0)
     monkeypatch.setattr(module.time, "monotonic", clock.now)
+    monkeypatch.setattr(module.time, "time", lambda: 2e9 + clock.now())
     return clock
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Record]:
-    with contextlib.closing(Record(folder, ORDER, Plan(strategy="dp", workers=2))) as record:
+def opened(folder: Path, launch: str = "first") -> Iterator[Record]:
+    with contextlib.closing(Record(folder, ORDER, Plan(strategy="dp", workers=2), launch)) as record:
         yield record
 
 
@@ -89,7 +91,7 @@ def test_a_run_that_goes_on_counts_its_own_speed_and_every_step(tmp_path, clock)
     with opened(tmp_path) as record:
         record.begin(1, Intervals(), "the run begins")
         run(record, clock, range(3))
-    with opened(tmp_path) as record:
+    with opened(tmp_path, "second") as record:
         clock.advance(1000)
         record.begin(2, Intervals([(0, 3)]), "the coordinator begins")
         run(record, clock, range(3, 6))
@@ -97,6 +99,20 @@ def test_a_run_that_goes_on_counts_its_own_speed_and_every_step(tmp_path, clock)
     assert (summary["steps"], summary["restarts"], summary["exactly_once"]) == (6, 1, True)
     assert (summary["seconds"], summary["samples_per_second"]) == (1.5, pytest.approx(10 / 1.5, abs=0.05))
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(6))
+
+
+def test_a_coordinator_that_is_replaced_goes_on_with_the_account(tmp_path, clock):
+    with opened(tmp_path) as record:
+        record.begin(1, Intervals(), "the run begins")
+        run(record, clock, range(3))
+    with (tmp_path / "metrics.jsonl").open("ab") as torn:
+        torn.write(b'{"step":3,"lo')
+    with opened(tmp_path) as record:
+        record.begin(2, Intervals([(0, 3)]), "the coordinator begins")
+        summary = record.finish("stopped", 0)
+    assert (summary["seconds"], summary["loss"]) == (1.5, 1 / 3)
+    assert summary["samples_per_second"] == pytest.approx(10 / 1.5, abs=0.05)
+    assert [row["step"] for row in history(tmp_path)] == [0, 1, 2]
 
 
 def test_the_metrics_are_one_json_object_a_line(record, clock, tmp_path):

@@ -49,7 +49,7 @@ from tricorn.plan import Plan
 
 descriptor, folder, secret, facts, order = sys.argv[1:]
 facts, order = msgspec.json.decode(facts, type=Facts), msgspec.json.decode(order, type=Order)
-record = Record(Path(folder), order, Plan(strategy="dp", workers=2))
+record = Record(Path(folder), order, Plan(strategy="dp", workers=2), "launch")
 serve(facts, record, bytes.fromhex(secret), socket.socket(fileno=int(descriptor)))
 """
 GROWTH = 24 << 20  # bytes that the coordinator's memory may grow by under attack
@@ -467,4 +467,4 @@ def test_a_mistake_of_its_own_ends_the_coordinator(tmp_path, monkeypatch):
     """Which is then replaced: one that has lost its clock would wait for ever."""
     monkeypatch.setattr(Coordinator, "tick", lambda self, now: 1 // 0)
     with listen() as listener, pytest.raises(ZeroDivisionError):
-        serve(FACTS, Record(tmp_path, ORDER, Plan(strategy="dp")), SECRET, listener)
+        serve(FACTS, Record(tmp_path, ORDER, Plan(strategy="dp"), "launch"), SECRET, listener)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 from tricorn.comm import auth
 from tricorn.comm.sockets import connect, receive_exactly
-from tricorn.errors import AuthenticationError, PeerLost, ProtocolError, TricornError
+from tricorn.errors import AuthenticationError, PeerLost, ProtocolError, StorageError, TricornError, UsageError
 from tricorn.ps.client import Client
 from tricorn.ps.server import MAX_STRANGERS, Server
 from tricorn.ps.wire import HEADER, MAX_DOCUMENT, MAX_ERROR, Header, Op, decode_error, encode_error, unsent
@@ -236,6 +239,47 @@ def test_crowds_of_strangers_do_not_keep_workers_out(attacked: Attacked) -> None
         assert len(attacked.server._strangers) <= MAX_STRANGERS
 
 
+def test_no_crowd_evicts_a_worker_that_waits_for_its_epoch(cluster: Build) -> None:
+    run = cluster(make_job(), workers=1)
+    run.begin("initial")
+    address, claim = run.servers[0].address, {"channel": "ps", "rank": 0, "incarnation": 1, "epoch": run.epoch + 1}
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(connect(address, SECRET, claim)) for _ in range(MAX_STRANGERS + 2)]
+        for _ in range(MAX_STRANGERS + 2):
+            stack.enter_context(socket.create_connection(address))
+        workers.append(stack.enter_context(connect(address, SECRET, claim)))  # all before it are accepted
+        for worker in workers:
+            worker.setblocking(False)
+            with pytest.raises(BlockingIOError):  # neither closed nor told anything
+                worker.recv(1)
+
+
+def test_out_of_descriptors_the_server_pauses_and_goes_on(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    paused, pause = threading.Event(), time.sleep
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        paused.set()
+        pause(seconds)
+
+    monkeypatch.setattr("tricorn.ps.server.time.sleep", sleep)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as caller, contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.dup(caller.fileno()))
+        caller.connect(attacked.server.address)
+        assert paused.wait(10)
+        with attacked.training():
+            pass
+        stack.close()
+        outcome(caller)  # it is accepted now, and its silence ends the connection
+    assert pauses[0] > 0
+
+
 def test_who_is_silent_is_dropped(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tricorn.ps.server.HANDSHAKE_SECONDS", 0.05)
     with socket.create_connection(attacked.server.address) as silent:
@@ -272,6 +316,16 @@ def test_errors_survive_the_wire_and_stay_short(text: str) -> None:
     told = decode_error(payload)
     assert type(told) is ProtocolError
     assert str(told).startswith("a parameter server says: " + text[:100])
+
+
+@given(st.text(max_size=300))
+def test_a_remedy_travels_with_its_error(text: str) -> None:
+    payload = encode_error(UsageError("wrong" * 100, remedy=text))
+    assert len(payload) <= MAX_ERROR
+    told = decode_error(payload)
+    assert type(told) is UsageError
+    assert told.remedy == text.encode(errors="replace")[:200].decode(errors="ignore")
+    assert decode_error(encode_error(StorageError("full"))).remedy == StorageError.remedy
 
 
 @given(st.binary(max_size=300))

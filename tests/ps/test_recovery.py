@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from tricorn import optim
-from tricorn.errors import ClusterError, PeerLost, ProtocolError
+from tricorn.control import messages as m
+from tricorn.control.resume import LOST, Source, resume_point
+from tricorn.errors import ClusterError, PeerLost, ProtocolError, UsageError
+from tricorn.ps.trainer import BspTrainer
 from tricorn.ps.wire import Header, Op, receive_header, send
+from tricorn.state.gradient import clip_factor, learning_rate
+from tricorn.state.shards import write_shard
 
-from .cluster import Cluster, batches, distance, make_job, plain, share_of, step_of
+from .cluster import Cluster, batches, distance, make_job, net, plain, share_of, step_of
 
 Build = Callable[..., Cluster]
 FIRST, LAST = 3, 7
@@ -46,7 +51,7 @@ def play(run: Cluster, events: list[tuple[str, int, int]]) -> None:
                 for each in run.trainers:
                     norms[server] = receive_header(each._client._sockets[server], Op.ACK).numbers[5]
         else:
-            numbers = (trainer._scale(norms[0] + norms[1]), trainer._lr(FIRST))
+            numbers = (clip_factor(run.job, norms[0] + norms[1]), learning_rate(run.job, FIRST))
             send(sock, Header(Op.PULL, version=FIRST + 1, numbers=numbers))
             assert receive_header(sock, Op.WEIGHTS).version == FIRST + 1
             sock.recv(len(part))
@@ -185,3 +190,138 @@ def test_statistics_of_an_abandoned_step_do_not_count(cluster: Build) -> None:
         run.train(FIRST, LAST)
     for got, expected in zip(*(run.trainers[0]._flat.module.buffers() for run in (disturbed, calm)), strict=True):
         assert torch.equal(got, expected)
+
+
+class Counting(torch.nn.Module):
+    """Counts its forward passes in training, in a buffer that is saved and in one that a state dict does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("also", torch.zeros(2), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+            self.also += 1
+        return self.net(inputs)
+
+
+def counted(trainer: BspTrainer) -> list[float]:
+    return [float(buffer.sum()) for buffer in trainer._flat.module.buffers()]
+
+
+def resume(run: Cluster) -> Source:
+    """What the coordinator decides from what the roles say they hold."""
+    said = {f"server-{i}": (f"server{i}", held) for i, held in enumerate(run.regroup())}
+    for rank, trainer in enumerate(run.trainers):
+        held = trainer.held()
+        said[f"worker-{rank}"] = (trainer.part, [] if held is None else [held])
+    return resume_point(
+        {role: m.Ready(epoch=1, part=part, held=held, address=("", 1)) for role, (part, held) in said.items()}
+    )
+
+
+@pytest.mark.parametrize("saved", [0, FIRST], ids=["no-checkpoint", "checkpoint"])
+@pytest.mark.parametrize("model", [Counting, net], ids=["buffers", "no-buffers"])
+def test_the_first_worker_dies_and_with_it_the_buffers(
+    cluster: Build, model: type[torch.nn.Module], saved: int
+) -> None:
+    job = make_job(model=model)
+    run = cluster(job, workers=2, servers=2)
+    assert [trainer.held() for trainer in run.trainers] == [None, None]
+    run.join("initial")
+    run.train(0, FIRST)
+    write_shard(run.folder / str(FIRST), "worker-0.safetensors", run.trainers[0].pieces())
+    run.train(FIRST, FIRST + 2)
+    run.replace_worker(0)
+    if model is net:
+        assert [trainer.part for trainer in run.trainers] == [None, None]
+        assert resume(run) == Source("keep", FIRST + 2, 0)
+        return
+    assert [trainer.part for trainer in run.trainers] == ["buffers", None]
+    assert [trainer.held() for trainer in run.trainers] == [None, None]
+    assert resume(run) is LOST
+    run.join("checkpoint" if saved else "initial", saved)
+    run.train(saved, LAST)
+    assert [counted(trainer) for trainer in run.trainers] == [[LAST, 2 * LAST]] * 2
+    assert resume(run) == Source("keep", LAST, 0)
+    assert distance(run.weights(), plain(job, LAST, torch.optim.SGD, momentum=0.9)) <= 1e-10
+
+
+def test_another_worker_dies_before_a_step_is_decided_and_the_buffers_stay(cluster: Build) -> None:
+    job = make_job(model=Counting)
+    run = cluster(job, workers=2, servers=2)
+    run.join("initial")
+    run.train(0, FIRST)
+    waiting = run.pool.submit(step_of, run.trainers[0], FIRST, *batches(job)[FIRST])
+    run.replace_worker(1)
+    while counted(run.trainers[0])[0] == FIRST:  # until its forward has run
+        assert not waiting.done()
+    assert resume(run) == Source("keep", FIRST, 0)
+    with pytest.raises(PeerLost):
+        waiting.result(10)
+    run.join("keep", FIRST)
+    assert counted(run.trainers[0]) == [FIRST, 2 * FIRST]
+    run.train(FIRST, LAST)
+    assert counted(run.trainers[0]) == [LAST, 2 * LAST]
+    assert distance(run.weights(), plain(job, LAST, torch.optim.SGD, momentum=0.9)) <= 1e-10
+
+
+@pytest.mark.parametrize("pulled", [set(), {0}, {1}], ids=["nobody", "first", "other"])
+def test_a_decided_step_is_kept_with_its_buffers_whoever_has_pulled_it(
+    cluster: Build, monkeypatch: pytest.MonkeyPatch, pulled: set[int]
+) -> None:
+    job = make_job(model=Counting)
+    run = cluster(job, workers=2, servers=2)
+    run.join("initial")
+    run.train(0, FIRST)
+
+    def lost(*_: object, **__: object) -> None:
+        raise PeerLost("a server is lost")
+
+    for rank, trainer in enumerate(run.trainers):
+        if rank not in pulled:
+            monkeypatch.setattr(trainer._client, "pull_version", lost)
+    steps = [run.pool.submit(step_of, trainer, FIRST, *batches(job)[FIRST]) for trainer in run.trainers]
+    assert [type(step.exception(10)) for step in steps] == [
+        type(None) if rank in pulled else PeerLost for rank in range(2)
+    ]
+    assert resume(run) == Source("keep", FIRST + 1, 0)
+    run.join("keep", FIRST + 1)
+    run.train(FIRST + 1, LAST)
+    assert counted(run.trainers[0]) == [LAST, 2 * LAST]
+    assert distance(run.weights(), plain(job, LAST, torch.optim.SGD, momentum=0.9)) <= 1e-10
+
+
+def test_buffers_that_were_being_replaced_are_not_held(cluster: Build) -> None:
+    run = cluster(make_job(model=Counting), workers=1)
+    run.join("initial")
+    run.train(0, FIRST)
+    assert run.trainers[0].held() == FIRST
+    seat = run.begin("initial")
+    run.servers[0].stop()
+    with pytest.raises(PeerLost):
+        run.trainers[0].join(seat)
+    assert run.trainers[0].held() is None
+
+
+def hidden(width: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_checkpoint_of_another_model_is_refused(cluster: Build, width: int, servers: int) -> None:
+    saved = cluster(make_job(model=lambda: hidden(16)), workers=1, servers=servers)
+    saved.join("initial")
+    saved.train(0, FIRST)
+    saved.trainers[0].pieces()
+    changed = cluster(make_job(model=lambda: hidden(width)), workers=1, servers=servers)
+    message = (
+        rf"a parameter server says: param/0.weight has the shape \(16, 6\) in the checkpoint .*, but \({width}, 6\)"
+    )
+    with pytest.raises(UsageError, match=message) as refusal:
+        changed.join("checkpoint", FIRST)
+    assert "Resume with the model that the run was started with" in refusal.value.remedy

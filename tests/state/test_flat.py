@@ -129,12 +129,28 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         state_of(2).load(CheckpointReader(tmp_path, 3))
 
 
-def test_a_narrower_model_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_model_of_another_width_is_refused(tmp_path: Path, width: int) -> None:
     write_shard(tmp_path, "a.safetensors", trained(1).pieces())
-    with pytest.raises(
-        UsageError, match=r"param/first.weight has 15 elements in the checkpoint .*, but 12 in the model"
-    ):
-        state_of(2, width=4).load(CheckpointReader(tmp_path, 3))
+    message = rf"param/first.weight has the shape \(5, 3\) in the checkpoint .*, but \({width}, 3\) in the model"
+    with pytest.raises(UsageError, match=message) as refusal:
+        state_of(2, width).load(CheckpointReader(tmp_path, 3))
+    assert "Resume with the model" in refusal.value.remedy
+
+
+def test_a_transposed_parameter_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, "a.safetensors", FlatState(nn.Linear(3, 5, bias=False), SGD(lr=0.1), CPU).pieces())
+    other = FlatState(nn.Linear(5, 3, bias=False), SGD(lr=0.1), CPU)
+    with pytest.raises(UsageError, match=r"param/weight has the shape \(5, 3\) .*, but \(3, 5\) in the model"):
+        other.load(CheckpointReader(tmp_path, 0))
+
+
+def test_a_buffer_of_another_shape_is_refused(tmp_path: Path) -> None:
+    saved, other = state_of(1), state_of(1)
+    write_shard(tmp_path, "a.safetensors", saved.pieces())
+    other.module.seen = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(UsageError, match=r"buffer/seen has the shape \(\) in .*, but \(1,\) in the model"):
+        other.load(CheckpointReader(tmp_path, 0))
 
 
 def test_layout_lays_end_to_end() -> None:

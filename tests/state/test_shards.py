@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from tricorn.errors import CheckpointDamaged
+from tricorn.errors import CheckpointDamaged, UsageError
 from tricorn.state.shards import CheckpointReader, Piece, write_shard
 
 WHOLE = torch.arange(40, dtype=torch.float64)
@@ -73,3 +74,20 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamaged, match=rf"the checkpoint {tmp_path} has no elements 0 to 5 of param/w"):
         reader.read("param/w", 0, 5)
     assert reader.read("param/w", 0, 0).numel() == 0
+
+
+def test_every_piece_of_a_tensor_knows_its_whole_shape(tmp_path: Path) -> None:
+    for start in (0, 20):
+        write_shard(tmp_path, f"{start}.safetensors", [piece("param/w", start, start + 20)._replace(shape=(8, 5))])
+    reader = CheckpointReader(tmp_path, 1)
+    assert torch.equal(reader.read_whole("param/w", (8, 5)), WHOLE)
+    assert torch.equal(reader.read_slice("param/w", torch.Size((8, 5)), 15, 25), WHOLE[15:25])
+    for shape in [(5, 8), (40,), (4, 5), (8, 5, 1)]:
+        with pytest.raises(UsageError, match=r"param/w has the shape \(8, 5\) in the checkpoint .* in the model"):
+            reader.read_slice("param/w", shape, 0, 20)
+
+
+def test_a_file_that_tells_no_shapes_is_damaged(tmp_path: Path) -> None:
+    save_file({"param/w@0": WHOLE}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointDamaged, match="does not say what shape param/w has"):
+        CheckpointReader(tmp_path, 1)

@@ -1,5 +1,7 @@
 """Jobs with something wrong in each."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -82,6 +84,28 @@ misshapen = make(train=Misshapen())
 unreadable = make(train=Unreadable())
 single = make(model=lambda: nn.Linear(12, 3))
 large = make(model=lambda: nn.Sequential(nn.Linear(12, 10_000), nn.Tanh(), nn.Linear(10_000, 3)))
+
+
+unmeasurable = make(
+    evaluate=tricorn.data.arrays(x, y), metrics={"score": lambda output, target: torch.tensor(float("nan"))}
+)
+
+
+class Exiting(Raising):
+    def forward(self, x):
+        sys.exit("enough")
+
+
+exiting = make(model=Exiting)
+
+
+def with_a_child():
+    subprocess.Popen(["true"])
+    return make()
+
+
+def leaving():
+    sys.exit("no job today")
 
 
 def wrong():

@@ -56,6 +56,24 @@ def test_the_process_that_starts_the_roles_dies(tmp_path):
     assert harness.resume(tmp_path, "--strategy", "dp").summary()["exactly_once"]
 
 
+def test_a_run_belongs_to_one_launcher(tmp_path):
+    run = harness.start(tmp_path, "long", "--strategy", "dp")
+    run.reach(5)
+    code, _, err = harness.resume(tmp_path).end()
+    assert code == 2
+    assert "is in progress" in err
+    assert run.summary()["exactly_once"]
+
+
+def test_a_coordinator_that_hangs_is_replaced(tmp_path):
+    run = harness.start(tmp_path, "long", "--strategy", "dp", "--heartbeat-timeout", "1")
+    run.reach(5)
+    os.kill(run.pids()["coordinator"], signal.SIGSTOP)
+    summary = run.summary()
+    assert summary["exactly_once"]
+    assert summary["restarts"] >= 1
+
+
 def test_a_run_that_is_done_leaves_nothing(tmp_path):
     run = harness.start(tmp_path, "sgd64", "--strategy", "ps")
     run.reach(1)

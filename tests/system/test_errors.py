@@ -69,6 +69,27 @@ def test_a_job_with_mistakes(tmp_path):
     assert "optimizer.lr" in said
 
 
+def test_a_metric_that_is_not_a_number(tmp_path):
+    summary = harness.start(tmp_path, "unmeasurable", "--strategy", "dp", file=MISTAKES).summary()
+    assert summary["outcome"] == "done"
+    assert summary["metrics"]["score"] is None  # JSON knows no nan
+    assert summary["metrics"]["loss"] > 0
+
+
+def test_user_code_that_exits(tmp_path):
+    code, said = failure(harness.start(tmp_path, "exiting", "--strategy", "dp", file=MISTAKES))
+    assert code == 1
+    assert "SystemExit: enough" in said
+    assert 'sys.exit("enough")' in said
+    code, said = failure(harness.start(tmp_path, "leaving", file=MISTAKES))
+    assert code == 2
+    assert "SystemExit: no job today" in said
+
+
+def test_a_job_file_with_a_process_of_its_own(tmp_path):
+    assert harness.start(tmp_path, "with_a_child", "--strategy", "dp", file=MISTAKES).summary()["exactly_once"]
+
+
 def test_a_model_that_cannot_be_cut(tmp_path):
     code, said = failure(harness.start(tmp_path, "single", "--strategy", "mp", file=MISTAKES))
     assert code == 2

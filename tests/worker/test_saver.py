@@ -61,7 +61,11 @@ def test_a_role_without_a_part_says_so(saving):
     assert not saving.root.exists()
 
 
-def test_a_second_waits_for_the_first(saving, monkeypatch):
+def savers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "saver"]
+
+
+def test_later_ones_queue_behind_the_first_and_nobody_waits(saving, monkeypatch):
     go_on, begun = threading.Event(), threading.Event()
 
     def slowly(*args):
@@ -72,12 +76,27 @@ def test_a_second_waits_for_the_first(saving, monkeypatch):
     monkeypatch.setattr("tricorn.worker.saver.write_shard", slowly)
     saving.saver.save(2, 1, PIECES)
     assert begun.wait(10)  # while the caller is already here
-    assert saving.told == []
-    second = threading.Thread(target=saving.save, args=(2, PIECES))
-    second.start()
+    folder_of(saving.root, 3).parent.mkdir(parents=True)
+    folder_of(saving.root, 3).write_text("a file is in its place")
+    for step in (2, 3, 4):
+        saving.saver.save(2, step, PIECES)
+    assert (saving.told, len(savers())) == ([], 1)
     go_on.set()
-    second.join(10)
-    assert [told.step for told in saving.told] == [1, 2]
+    saving.saver.wait()
+    assert [told.step for told in saving.told] == [1, 2, 4]
+    assert len(saving.failures) == 1
+    assert savers() == []
+
+
+def test_no_save_is_lost_between_two_lives_of_the_thread(saving):
+    for step in range(200):
+        saving.saver.save(2, step, [])
+        if step % 7 == 0:
+            saving.saver.wait()
+            assert len(saving.told) == step + 1
+    saving.saver.wait()
+    assert [told.step for told in saving.told] == list(range(200))
+    assert savers() == []
 
 
 def assert_nothing_is_left(saving: Saving, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from tricorn.engine.local import LocalEngine
@@ -22,18 +23,22 @@ PLANS = (
 def demo(
     job: Annotated[str, typer.Argument(metavar="FILE", help="The job's file.")] = "examples/digits.py",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    json: Annotated[bool, typer.Option("--json", help="Print the summaries as one JSON object instead.")] = False,
 ) -> None:
     """Train one job by parameter server, data parallel and model parallel in turn, and compare."""
-    rows = []
-    for plan in PLANS:
-        summary, _ = execute(LocalEngine, (job, "job"), plan, timing_of("30s", 10.0), runs=runs, folder=None)
-        rows.append(
-            (
-                plan.strategy,
-                summary["metrics"].get("accuracy"),
-                round(summary["samples_per_second"]),
-                summary["bytes_sent"],
-                summary["exactly_once"],
-            )
+    timing = timing_of("30s", 10.0)
+    summaries = [execute(LocalEngine, (job, "job"), plan, timing, runs=runs, folder=None)[0] for plan in PLANS]
+    if json:
+        print(msgspec.json.encode({"runs": summaries}).decode(), flush=True)
+        return
+    rows = [
+        (
+            s["strategy"],
+            s["metrics"].get("accuracy"),
+            round(s["samples_per_second"]),
+            s["bytes_sent"],
+            s["exactly_once"],
         )
+        for s in summaries
+    ]
     print(table(("strategy", "test accuracy", "samples/s", "bytes sent", "exactly once"), rows), flush=True)

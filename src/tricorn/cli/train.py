@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Annotated
 import msgspec
 import typer
 
+from tricorn import folder as folders
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import UsageError
 from tricorn.plan import Plan
-from tricorn.run import execute, find_run, load_run, timing_of
+from tricorn.run import execute, timing_of
 
 Strategy = StrEnum("Strategy", ["ps", "dp", "mp"])
 Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
@@ -52,9 +52,9 @@ def train(
         "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
-    folder = find_run(resume, runs) if resume else None
+    folder = folders.find(resume, runs) if resume else None
     if folder is not None:
-        facts, old = load_run(folder)
+        facts, old = folders.load(folder)
         plan = replanned(old, changes)
         where = job or (f"{facts.file}:{facts.entry}" if facts.file else None)
         if where is None:
@@ -70,7 +70,7 @@ def train(
     timing = timing_of(checkpoint_every, heartbeat_timeout)
     summary, folder = execute(LocalEngine, (file, name), plan, timing, runs=runs, folder=folder)
     if json:
-        print(json_text.dumps(summary), flush=True)
+        print(msgspec.json.encode(summary).decode(), flush=True)
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -55,14 +56,20 @@ def publish(root: Path, manifest: Manifest) -> None:
     _sync_folder(folder)
     for later in (old for old in published(root) if old > folder):
         (later / "manifest.json").unlink(missing_ok=True)
-    for old in published(root)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    oldest = published(root)[:KEPT][-1]
+    for old in _numbered(root.iterdir()):
+        if old < oldest:  # also what a role left that died while it saved
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def published(root: Path) -> list[Path]:
     """The folders with a manifest, newest first; whether they are whole is another question."""
-    folders = (path.parent for path in root.glob("*/manifest.json"))
-    return sorted((folder for folder in folders if re.fullmatch("[0-9]{9,}", folder.name)), reverse=True)
+    return sorted(_numbered(path.parent for path in root.glob("*/manifest.json")), reverse=True)
+
+
+def _numbered(folders: Iterable[Path]) -> list[Path]:
+    """Those that are a checkpoint's by their name; anything else in there is not ours."""
+    return [folder for folder in folders if re.fullmatch("[0-9]{9,}", folder.name)]
 
 
 def damage(folder: Path) -> str:

@@ -44,8 +44,16 @@ class Leases:
             self._turns.append(worker)
         self._credit[worker] += steps
 
-    def grants(self) -> dict[str, list[int]]:
-        """Lend what can be lent now, one step at a time in turn: worker -> steps."""
+    @property
+    def torn(self) -> bool:
+        """Whether some servers hold a step that others lack: a state that must not be saved."""
+        return bool(self._applied)
+
+    def grants(self, *, torn_only: bool = False) -> dict[str, list[int]]:
+        """Lend what can be lent now, one step at a time in turn: worker -> steps.
+
+        ``torn_only`` lends no step that no server has yet, so that the run can come to rest.
+        """
         granted: dict[str, list[int]] = {}
         idle = 0
         while self._turns and idle < len(self._turns):
@@ -54,15 +62,23 @@ class Leases:
             if not self._credit[worker]:
                 idle += 1
                 continue
-            self._next = self.committed.first_gap(self._next)
-            if self._next >= self.limit:
+            step = self._next_torn() if torn_only else self._next_free()
+            if step is None:
                 break
             idle = 0
             self._credit[worker] -= 1
-            self._lent[self._next] = worker
-            granted.setdefault(worker, []).append(self._next)
-            self._next += 1
+            self._lent[step] = worker
+            granted.setdefault(worker, []).append(step)
         return granted
+
+    def _next_torn(self) -> int | None:
+        return min((step for step in self._applied if step not in self._lent), default=None)
+
+    def _next_free(self) -> int | None:
+        self._next = self.committed.first_gap(self._next)
+        while self._next in self._lent:
+            self._next = self.committed.first_gap(self._next + 1)
+        return self._next if self._next < self.limit else None
 
     def applied(self, server: str, steps: list[int]) -> list[int]:
         """The server has applied these steps; returns those that are committed by it."""

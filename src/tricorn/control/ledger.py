@@ -8,6 +8,7 @@ What counts is what is not undone.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import numpy as np
 
 from tricorn.control.intervals import Intervals
-from tricorn.data.order import Permutation, step_range
+from tricorn.data.order import Permutation, step_range, steps_per_epoch
 from tricorn.errors import UsageError
 
 _TABLES = """
@@ -77,6 +78,12 @@ class Ledger:
                 f"the run was started with another order of samples: {mistake}",
                 remedy="Resume with the same data, seed and batch size, or start a new run.",
             )
+        done, steps = len(self.committed()), order.epochs * steps_per_epoch(order.samples, order.batch_size)
+        if done > steps:
+            raise UsageError(
+                f"the run has done {done} steps already, and {order.epochs} epochs have only {steps}",
+                remedy="Give the job more epochs, or start a new run.",
+            )
         self._set_meta("order", msgspec.json.encode(order).decode())
         return order
 
@@ -86,6 +93,14 @@ class Ledger:
 
     def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("insert or replace into meta values (?, ?)", (key, value))
+
+    def launched(self, launch: str, at: float, committed: int) -> tuple[float, int]:
+        """When this launch of the run began and with how many steps: as first told, whatever is told later."""
+        stored = msgspec.json.decode(self._meta("launch") or "null", type=tuple[str, float, int] | None)
+        if stored is None or stored[0] != launch:
+            stored = (launch, at, committed)
+            self._set_meta("launch", msgspec.json.encode(stored).decode())
+        return stored[1:]
 
     @property
     def membership(self) -> int:
@@ -98,7 +113,7 @@ class Ledger:
             self._set_meta("membership", str(membership))
             self._db.execute("insert into members values (?, ?, ?)", (at, membership, event))
             live = self.committed()
-            lost = [step for low, high in live.pairs for step in range(low, high) if step not in committed]
+            lost = [step for low, high in live.pairs for step in committed.missing(low, high)]
             self._db.executemany(
                 "update commits set undone = ? where step = ? and undone is null", ((membership, s) for s in lost)
             )
@@ -118,21 +133,18 @@ class Ledger:
         )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        self._db.execute(
-            "insert or replace into evaluations values (?, ?)", (step, msgspec.json.encode(values).decode())
-        )
+        # Not msgspec, which would turn a value that is not a number into null.
+        self._db.execute("insert or replace into evaluations values (?, ?)", (step, json.dumps(values)))
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> what was measured of the model of that step."""
         rows = self._db.execute("select step, measured from evaluations order by step")
-        return {step: msgspec.json.decode(measured) for step, measured in rows}
+        return {step: json.loads(measured) for step, measured in rows}
 
     def committed(self) -> Intervals:
         """The steps that are in the model."""
-        found = Intervals()
-        for (step,) in self._db.execute("select step from commits where undone is null order by step"):
-            found.add(step)
-        return found
+        numbered = "select step, step - row_number() over (order by step) as run from commits where undone is null"
+        return Intervals(self._db.execute(f"select min(step), max(step) + 1 from ({numbered}) group by run order by 1"))
 
     def times_committed(self, epoch: int) -> np.ndarray:
         """How often each sample of the epoch is in the model: an int64 array, indexed by sample."""

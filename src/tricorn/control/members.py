@@ -18,8 +18,8 @@ class Member:
     killed: bool = False  # suspected, and the launcher was told to end it
     finished: bool = False
     heard: float = 0.0  # when it was last heard from
-    since: float = 0.0  # when this life began
     ready: Ready | None = None
+    stillborn: int = 0  # lives in a row that ended before they were ready
     bytes_sent: int = 0
 
 
@@ -43,7 +43,7 @@ class Members:
     def begin_life(self, role: str, incarnation: int, now: float) -> None:
         old = self.roles[role]
         self.bytes_of_the_dead += old.bytes_sent
-        self.roles[role] = Member(role, incarnation, alive=True, heard=now, since=now)
+        self.roles[role] = Member(role, incarnation, alive=True, heard=now, stillborn=old.stillborn)
 
     def workers(self) -> list[Member]:
         return [m for m in self.roles.values() if m.role.startswith("worker-")]

@@ -233,6 +233,10 @@ class Evaluation(Message, frozen=True, kw_only=True):
     values: dict[str, float]
 
 
+class Pulse(Message, frozen=True, kw_only=True):
+    """The coordinator's heart beats."""
+
+
 class Notice(Message, frozen=True, kw_only=True):
     text: str
 
@@ -248,7 +252,7 @@ class Ended(Message, frozen=True, kw_only=True):
 Report = Ready | Heartbeat | Committed | Want | Applied | Trained | Evaluated | Saved | Broken | Failed | Finished
 Order = Regroup | Begin | Wish | Lease | Evaluate | Save | Shutdown
 FromLauncher = Alive | Exited | Stop
-ToLauncher = Start | Kill | Progress | Evaluation | Notice | Ended
+ToLauncher = Start | Kill | Pulse | Progress | Evaluation | Notice | Ended
 
 
 def failed(error: Exception, trace: str = "") -> Failed:

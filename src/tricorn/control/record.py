@@ -19,30 +19,33 @@ from tricorn.data.order import step_range, steps_per_epoch
 from tricorn.plan import Plan
 
 PROGRESS_SECONDS = 0.2
+_TAIL = 1 << 16  # bytes of metrics.jsonl among which the last loss is looked for
 RATE_WINDOW = 5.0  # seconds over which the shown samples a second are averaged
 
 
 class Record:
     """Writes what happens into the folder of one run. Methods raise OSError when the disk will not take it."""
 
-    def __init__(self, folder: Path, order: Order, plan: Plan) -> None:
+    def __init__(self, folder: Path, order: Order, plan: Plan, launch: str) -> None:
+        """``launch`` tells one launch of the run from another, however often the coordinator is replaced."""
         self.folder = folder
         self.ledger = Ledger(folder / "ledger.sqlite", order)
         self._order = order
         self._plan = plan
         self._checkpoints = folder / "checkpoints"
         self._metrics = (folder / "metrics.jsonl").open("ab")
+        self._launch = launch
         self._began: float | None = None
         self._before = len(self.ledger.committed())
-        self._loss: float | None = None
+        self._loss: float | None = self._last_loss()
         self._shown = 0.0
         self._recent: deque[tuple[float, int]] = deque()
 
     def begin(self, epoch: int, committed: Intervals, event: str) -> None:
         self.ledger.begin(epoch, committed, event, time.time())
         if self._began is None:
-            self._began = time.monotonic()
-            self._before = len(committed)
+            # The wall clock, because a coordinator that replaces another has no other in common with it.
+            self._began, self._before = self.ledger.launched(self._launch, time.time(), len(committed))
         self._recent.clear()
         self._write({"event": event, "step": len(committed), "membership": epoch})
 
@@ -90,7 +93,7 @@ class Record:
         """Write and return the summary."""
         order = self._order
         committed = self.ledger.committed()
-        seconds = time.monotonic() - self._began if self._began is not None else 0.0
+        seconds = time.time() - self._began if self._began is not None else 0.0
         samples = sum(
             stop - start
             for low, high in committed.pairs
@@ -106,6 +109,7 @@ class Record:
             "workers": self._plan.workers,
             "servers": self._plan.servers,
             "steps": len(committed),
+            "saved": max(self.saved(), 0),
             "total_steps": order.epochs * steps_per_epoch(order.samples, order.batch_size),
             "samples": samples,
             "seconds": round(seconds, 3),
@@ -122,6 +126,21 @@ class Record:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
         partial.replace(path)
         return summary
+
+    def _last_loss(self) -> float | None:
+        """The loss that an earlier coordinator wrote last. Ends a line that it did not come to end."""
+        path = self.folder / "metrics.jsonl"
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read(_TAIL).splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            self._metrics.write(b"\n")
+        for line in reversed(lines):
+            with contextlib.suppress(msgspec.DecodeError):
+                row = msgspec.json.decode(line)
+                if row.get("loss") is not None:
+                    return float(row["loss"])
+        return None
 
     def _write(self, row: dict[str, Any]) -> None:
         self._metrics.write(msgspec.json.encode({**row, "time": round(time.time(), 3)}) + b"\n")

@@ -54,8 +54,7 @@ class CoordinatorServer:
 
     def __init__(self, facts: Facts, record: Record, secret: bytes) -> None:
         self._synchronous = facts.synchronous
-        # A run that went on with fewer epochs than it had holds more steps than it now wants.
-        self._steps = max(facts.total_steps, len(record.ledger.committed()))
+        self._steps = facts.total_steps
         self._record = record
         self._secret = secret
         self._state = Coordinator(
@@ -99,6 +98,7 @@ class CoordinatorServer:
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 self._do(self._state.tick(time.monotonic()))
+                _write(self._launcher, m.Pulse())
                 try:
                     self._record.flush()
                 except OSError as error:

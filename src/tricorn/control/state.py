@@ -49,7 +49,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_steps: int  # 0: by time alone
     heartbeat_timeout: float
     start_timeout: float = 120.0
-    regroup_timeout: float = 60.0
+    regroup_timeout: float = 600.0
     barren_restarts: int = 8  # restarts without a committed step in between, before the run fails
 
 
@@ -137,6 +137,11 @@ class Coordinator:
         member.alive = member.connected = False
         if self.phase == "ended" or member.finished:
             return self._take()
+        member.stillborn += member.ready is None
+        if member.stillborn > self.facts.barren_restarts:
+            message = f"{event.role} ended {member.stillborn} times before it was ready; last: {event.reason}"
+            self._end("failed", m.Failed(kind="RoleFailed", message=message, remedy="", where="", trace=""))
+            return self._take()
         self._out.append(Tell(m.Notice(text=f"{event.role} is gone ({event.reason}); it is replaced")))
         self._lose(now, f"{event.role} is gone ({event.reason})")
         return self._take()
@@ -148,14 +153,14 @@ class Coordinator:
         return self._take()
 
     def stop(self, now: float) -> list[Instruction]:
-        """Somebody interrupts the run: save at the next step, then end."""
+        """Somebody interrupts the run: save at the next step, or as soon as one can begin, then end."""
         self._stopping = True
         if self.phase == "running":
             if self._leases is None:
                 self._out.append(Send("worker-0", m.Wish(checkpoint=False, stop=True)))
             else:
                 self._advance(now)
-        elif self.phase in ("waiting", "forming"):
+        elif self.phase == "waiting":
             self._end("stopped", None)
         return self._take()
 
@@ -172,7 +177,7 @@ class Coordinator:
         elif message.epoch == self.epoch:
             if isinstance(message, m.Ready):
                 if self.phase == "forming":
-                    member.ready = message
+                    member.ready, member.stillborn = message, 0
                     self._begin_if_ready(now)
             elif self.phase == "running":
                 self._running(member, message, now)
@@ -183,13 +188,9 @@ class Coordinator:
         if self.phase not in ("forming", "running"):
             return []
         for member in self.members.roles.values():
-            limit = self.facts.heartbeat_timeout if member.connected else self.facts.start_timeout
-            late = self.phase == "forming" and now - max(self._formed, member.since) > self.facts.regroup_timeout
-            if not member.alive or member.killed or member.finished:
-                continue
-            if now - member.heard > limit or (late and (not member.ready or member.ready.epoch != self.epoch)):
+            if member.alive and not member.killed and not member.finished and (reason := self._suspicion(member, now)):
                 member.killed = True
-                self._out.append(Tell(m.Notice(text=f"{member.role} is not heard from; it is ended and replaced")))
+                self._out.append(Tell(m.Notice(text=f"{member.role} {reason}; it is ended and replaced")))
                 self._out.append(Tell(m.Kill(role=member.role, incarnation=member.incarnation)))
         if self._regroup_at is not None and now >= self._regroup_at:
             self._lose(now, self._broken)
@@ -201,10 +202,21 @@ class Coordinator:
                 self._advance(now)
         return self._take()
 
+    def _suspicion(self, member: Member, now: float) -> str:
+        """Why a role is taken for lost though its process is there; empty if it is not."""
+        if now - member.heard > (self.facts.heartbeat_timeout if member.connected else self.facts.start_timeout):
+            return "is not heard from"
+        # Who has not been ready once is building its model, and may take its time as long as its heart beats.
+        stuck = self.phase == "forming" and member.ready is not None and member.ready.epoch != self.epoch
+        if stuck and now - self._formed > self.facts.regroup_timeout:
+            return f"has not left its step for {self.facts.regroup_timeout:g} s"
+        return ""
+
     # Membership.
 
     def _lose(self, now: float, why: str) -> None:
-        self._barren += 1
+        # Several that die together are one loss; who dies while a membership epoch forms counts for itself.
+        self._barren += self.phase == "running"
         if self._barren > self.facts.barren_restarts:
             message = f"{self._barren} losses in a row without a step in between; the last: {why}"
             self._end("failed", m.Failed(kind="RoleFailed", message=message, remedy="", where="", trace=""))
@@ -370,12 +382,11 @@ class Coordinator:
         finished = step == self.facts.total_steps
         if self._task:
             return
-        if not (self._stopping or self._save_wished):
-            boundary = (step // self.facts.steps_per_epoch + 1) * self.facts.steps_per_epoch
-            leases.limit = step if self._evaluation_due(step) else min(boundary, self.facts.total_steps)
-            for worker, steps in leases.grants().items():
-                self._out.append(Send(worker, m.Lease(epoch=self.epoch, steps=steps)))
-        if leases.outstanding:
+        boundary = (step // self.facts.steps_per_epoch + 1) * self.facts.steps_per_epoch
+        leases.limit = step if self._evaluation_due(step) else min(boundary, self.facts.total_steps)
+        for worker, steps in leases.grants(torn_only=self._stopping or self._save_wished).items():
+            self._out.append(Send(worker, m.Lease(epoch=self.epoch, steps=steps)))
+        if leases.outstanding or leases.torn:
             return
         if self._evaluation_due(step) and not self._stopping:
             self._task = "evaluate"

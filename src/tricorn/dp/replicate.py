@@ -111,7 +111,8 @@ class ReplicaTrainer:
 
     def _copy(self, group: Group, seat: Seat) -> None:
         """Take the state from the peer that has it; those that have it too take part, so that no one needs to know."""
-        self._whole = self._untouched = False
+        if self.held() != seat.step:  # else what arrives is what is here, and a broken transfer breaks nothing
+            self._whole = self._untouched = False
         for tensor in (*self._state.tensors().values(), *self._state.module.buffers()):
             sent = tensor.contiguous()
             group.broadcast(sent, seat.peer)

@@ -52,7 +52,9 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     coordinator: Address
     secret: bytes
+    launch: str  # tells this launch of the run from earlier ones
     folder: str  # the run's folder, which roles that save must reach
+    threads: int  # of a worker
     plan: Plan
     job: JobFacts
     facts: Facts
@@ -77,6 +79,9 @@ class Engine(Protocol):
 
         Raises UsageError for a job that cannot be loaded, PlanError for a plan that cannot run it.
         """
+
+    def threads(self, plan: Plan) -> int:
+        """How many compute threads each worker of the plan can have, where the plan leaves it open."""
 
     def start(self, spec: RoleSpec) -> None:
         """Start a role; its end is told by ``gone``."""

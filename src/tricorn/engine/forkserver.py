@@ -18,10 +18,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from tricorn.comm.sockets import listen
+from tricorn.comm.sockets import listen, receive_exactly
 from tricorn.control import messages as m
 from tricorn.engine.base import JobFacts, RoleSpec
-from tricorn.errors import UsageError, users_line
+from tricorn.errors import PeerLost, UsageError, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
 
@@ -62,17 +62,8 @@ FromServer = Loaded | m.Failed | Spawned | m.Exited
 
 
 def receive(sock: socket.socket, decode: m.Decoder) -> object:
-    """One message from the other end; raises EOFError at the end of the stream."""
-    return decode(_exactly(sock, m.length(_exactly(sock, m.HEADER.size))))
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    received = b""
-    while len(received) < count:
-        if not (chunk := sock.recv(count - len(received))):
-            raise EOFError
-        received += chunk
-    return received
+    """One message from the other end; raises PeerLost at the end of the stream."""
+    return decode(receive_exactly(sock, m.length(receive_exactly(sock, m.HEADER.size))))
 
 
 def die_with_parent() -> None:
@@ -98,7 +89,7 @@ class ForkServer:
 
     def serve(self) -> None:
         """Until the launcher hangs up."""
-        with contextlib.suppress(EOFError, ConnectionError), selectors.DefaultSelector() as selector:
+        with contextlib.suppress(PeerLost, ConnectionError), selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
             while True:
@@ -135,7 +126,7 @@ class ForkServer:
             warm(self._job, order.plan)
         except UsageError as error:
             self._say(m.failed(error))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             problem = UsageError(f"the job cannot be loaded: {type(error).__name__}: {error}", where=users_line(error))
             self._say(m.failed(problem, traceback.format_exc()[-8000:]))
@@ -181,8 +172,8 @@ class ForkServer:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if not pid:
                     return
-                role, incarnation = self._children.pop(pid)
-                self._say(m.Exited(role=role, incarnation=incarnation, reason=_reason(status)))
+                if life := self._children.pop(pid, None):  # else it is a process of the user's own
+                    self._say(m.Exited(role=life[0], incarnation=life[1], reason=_reason(status)))
 
     def _say(self, message: m.Message) -> None:
         self._sock.sendall(m.encode(message))

@@ -14,7 +14,7 @@ from typing import IO
 from tricorn.control import messages as m
 from tricorn.engine.base import Gone, JobFacts, RoleSpec
 from tricorn.engine.forkserver import End, FromServer, Load, Loaded, Spawn, Spawned, receive
-from tricorn.errors import ClusterError, PlanError, UsageError
+from tricorn.errors import ClusterError, PeerLost, PlanError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
 
@@ -51,6 +51,9 @@ class LocalEngine:
             raise _USAGE.get(answer.kind, UsageError)(answer.message, remedy=answer.remedy, where=answer.where)
         assert isinstance(answer, Loaded)
         return answer.job, answer.coordinator
+
+    def threads(self, plan: Plan) -> int:
+        return max(1, len(os.sched_getaffinity(0)) // plan.workers)
 
     def start(self, spec: RoleSpec) -> None:
         self._say(Spawn(spec=spec))
@@ -89,7 +92,7 @@ class LocalEngine:
     def _next(self) -> object:
         try:
             return receive(self._sock, self._decode)
-        except (EOFError, ConnectionError):
+        except (PeerLost, ConnectionError):
             code = self._process.wait()
             reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             raise ClusterError(

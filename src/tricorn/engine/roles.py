@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import traceback
 from pathlib import Path
@@ -36,7 +35,8 @@ def coordinate(spec: RoleSpec, listener: socket.socket) -> int:
     from tricorn.control import server
     from tricorn.control.record import Record
 
-    server.serve(spec.facts, Record(Path(spec.folder), spec.job.order, spec.plan), spec.secret, listener)
+    record = Record(Path(spec.folder), spec.job.order, spec.plan, spec.launch)
+    server.serve(spec.facts, record, spec.secret, listener)
     return 0
 
 
@@ -50,7 +50,7 @@ def work(spec: RoleSpec, job: Job) -> int:
     from tricorn.worker.loop import Orders
     from tricorn.worker.synchronous import SynchronousLoop
 
-    torch.set_num_threads(spec.plan.threads or max(1, (os.cpu_count() or 1) // spec.plan.workers))
+    torch.set_num_threads(spec.threads)
     rank = rank_of(spec.role)
     listener = PeerListener(spec.secret)
     orders = Orders(listener.announce)
@@ -70,7 +70,7 @@ def work(spec: RoleSpec, job: Job) -> int:
         )  # fmt: skip
         loop.run()
         trainer.close()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _failed(link, error)
     finally:
         listener.close()
@@ -139,7 +139,7 @@ def _saver(spec: RoleSpec, link: Link) -> Saver:
     return Saver(spec.role, Path(spec.folder) / "checkpoints", link.send, lambda error: link.send(m.failed(error)))
 
 
-def _failed(link: Link, error: Exception) -> int:
+def _failed(link: Link, error: BaseException) -> int:
     trace = traceback.format_exc()
     print(trace, flush=True)
     if not isinstance(error, TricornError):

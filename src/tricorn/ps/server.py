@@ -1,6 +1,6 @@
 """The parameter server's event loop: one thread, sockets that never block, memory that is bounded.
 
-A stranger has five seconds to prove the secret and there are at most ``MAX_STRANGERS`` of them; whoever breaks the
+A stranger has five seconds to prove the secret, and at most ``MAX_STRANGERS`` try at once; whoever breaks the
 protocol is told so, read out for a second (or the reset would destroy the message) and dropped. Neither is
 noticed by anybody else.
 """
@@ -60,7 +60,6 @@ class Server:
         on_applied: Callable[[list[int]], None],
     ) -> None:
         self.bytes_sent = 0
-        self.bytes_received = 0
         self._secret = secret
         self._on_snapshot = on_snapshot
         self._on_applied = on_applied
@@ -185,7 +184,7 @@ class Server:
             if not events:
                 connection.advance()
             if events & selectors.EVENT_READ:
-                self.bytes_received += connection.receive()
+                connection.receive()
             self.bytes_sent += connection.flush()
         except (OSError, EOFError):
             self._drop(connection)
@@ -211,7 +210,10 @@ class Server:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # the caller has given up
+        except BlockingIOError:  # the caller has given up
+            return
+        except OSError:  # out of descriptors: the caller stays in the backlog, and the loop must not spin on it
+            time.sleep(0.05)
             return
         connection = Connection(sock, time.monotonic() + HANDSHAKE_SECONDS)
         connection.begin(self._meet(connection))
@@ -254,12 +256,12 @@ class Server:
         connection.turn_away(error, time.monotonic() + _FAREWELL_SECONDS)
         self._strangers[connection] = None
         self._attend(connection, selectors.EVENT_WRITE)
-        self._limit_strangers()
 
     def _limit_strangers(self) -> None:
-        # A real worker is admitted within a millisecond, so the oldest of many strangers is not one.
-        if len(self._strangers) > MAX_STRANGERS:
-            self._drop(next(iter(self._strangers)))
+        # A real worker proves the secret within a millisecond, so the oldest of many that have not is not one.
+        unproved = [connection for connection in self._strangers if not connection.proved]
+        if len(unproved) > MAX_STRANGERS:
+            self._drop(unproved[0])
 
     def _forget(self, connection: Connection) -> None:
         self._strangers.pop(connection, None)

@@ -76,14 +76,18 @@ class Table:
         return {"param": self.weights_S} | {f"optim/{slot}": tensor for slot, tensor in self.slots.items()}
 
     def load(self, folder: Path, step: int) -> None:
-        """Take the slice from a checkpoint; raises CheckpointDamaged if the checkpoint does not have it."""
+        """Take the slice from a checkpoint.
+
+        Raises CheckpointDamaged if the checkpoint does not have it, UsageError if it has other tables.
+        """
         reader = CheckpointReader(folder, step)
         start, stop = self.description.start, self.description.stop
         for prefix, flat_S in self.tensors().items():
             for entry in self.entries:
                 low, high = max(entry.start, start), min(entry.stop, stop)
                 if low < high:
-                    stored = reader.read(f"{prefix}/{entry.name}", low - entry.start, high - entry.start)
+                    key = f"{prefix}/{entry.name}"
+                    stored = reader.read_slice(key, entry.shape, low - entry.start, high - entry.start)
                     flat_S[low - start : high - start] = stored
 
     def update(self, grad_S: Tensor, *, step: int, lr: float) -> None:

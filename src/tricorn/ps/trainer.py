@@ -23,7 +23,6 @@ from tricorn.state.gradient import (
     learning_rate,
     squared_norm,
 )
-from tricorn.state.inspect import batch_statistics
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
 
@@ -62,7 +61,10 @@ class _Worker:
         self.close()
         context, plan = self._context, self._context.plan
         if seat.source == "initial" and not self._fresh:
-            self._flat.module.load_state_dict(build_model(self._job).state_dict())
+            anew = build_model(self._job)
+            self._flat.module.load_state_dict(anew.state_dict())
+            for buffer, initial in zip(self._flat.module.buffers(), anew.buffers(), strict=True):
+                buffer.copy_(initial)  # a state dict need not have them all
         elif seat.source == "checkpoint":
             assert seat.checkpoint is not None
             self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
@@ -114,15 +116,22 @@ class BspTrainer(_Worker):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.part = "buffers" if batch_statistics(self._flat.module) else None
-        self._step = 0  # the step whose weights, or whose decision, this worker has seen last
+        # Buffers that a forward changes are here only; the servers have the weights. Rank 0 saves its own for all.
+        self.part = "buffers" if context.rank == 0 and next(self._flat.module.buffers(), None) is not None else None
+        self._step: int | None = None  # the step that the buffers belong to: all before it are decided
         self._buffers_before: tuple[int, list[Tensor]] = (-1, [])  # a step, and the buffers it began with
 
     def held(self) -> int | None:
-        """The step of the statistics that only this worker has, if the model keeps any."""
-        return self._step if self.part and not self._fresh else None
+        """The step of the buffers that only rank 0 has, if the model has any.
+
+        The servers can go on from it unless another worker has pulled the weights of a step whose decision never
+        reached this one: then they are a step ahead, and the run goes back to a checkpoint.
+        """
+        return self._step if self.part else None
 
     def join(self, seat: Seat) -> None:
+        if seat.source != "keep":
+            self._step, self._buffers_before = None, (-1, [])  # nothing is held until the new buffers are whole
         super().join(seat)
         step, buffers = self._buffers_before
         if seat.source == "keep" and seat.step == step:
@@ -146,6 +155,7 @@ class BspTrainer(_Worker):
         """Rank 0 has the servers save the weights of this step, and adds the buffers, which they do not have."""
         if self._context.rank != 0:
             return []
+        assert self._step is not None
         self._client.snapshot(self._step)
         return self._flat.buffer_pieces()
 
@@ -192,8 +202,8 @@ class AsyncTrainer(_Worker):
         self._client.idle()
 
     def pieces(self) -> Sequence[Piece]:
-        """The servers save the state, when the coordinator has let all work come to rest."""
-        return self._flat.buffer_pieces() if self._context.rank == 0 else []
+        """Nothing: the servers save the state, when the coordinator has let all work come to rest."""
+        return []
 
     def _pull(self, *, peek: bool = False) -> None:
         self._versions = self._client.pull(self._weights_N, peek=peek)

@@ -72,13 +72,14 @@ class Header(NamedTuple):
 class _Trouble(msgspec.Struct, frozen=True):
     kind: str
     message: str
+    remedy: str = ""
 
 
 _KINDS: dict[str, type[TricornError]] = {
     kind.__name__: kind
     for kind in (
-        errors.PlanError, errors.ClusterError, errors.StorageError, errors.CheckpointDamaged, errors.ProtocolError,
-        errors.PeerLost,
+        errors.UsageError, errors.PlanError, errors.ClusterError, errors.StorageError, errors.CheckpointDamaged,
+        errors.ProtocolError, errors.PeerLost,
     )
 }  # fmt: skip
 
@@ -86,8 +87,13 @@ _KINDS: dict[str, type[TricornError]] = {
 def encode_error(error: TricornError) -> bytes:
     """The payload of an ERROR frame."""
     kind = type(error).__name__
-    message = str(error).encode()[: MAX_ERROR // 8].decode(errors="ignore")  # JSON may make six bytes of one
-    return msgspec.json.encode(_Trouble(kind if kind in _KINDS else "ClusterError", message))
+    known = kind if kind in _KINDS else "ClusterError"
+    # JSON may make six bytes of one.
+    return msgspec.json.encode(_Trouble(known, _beginning(str(error), 450), _beginning(error.remedy, 200)))
+
+
+def _beginning(text: str, size: int) -> str:
+    return text.encode(errors="replace")[:size].decode(errors="ignore")
 
 
 def decode_error(payload: bytes) -> TricornError:
@@ -96,7 +102,9 @@ def decode_error(payload: bytes) -> TricornError:
         trouble = msgspec.json.decode(payload, type=_Trouble)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return ProtocolError(f"an error frame that cannot be read: {error}")
-    return _KINDS.get(trouble.kind, errors.ClusterError)(f"a parameter server says: {trouble.message}")
+    return _KINDS.get(trouble.kind, errors.ClusterError)(
+        f"a parameter server says: {trouble.message}", remedy=trouble.remedy or None
+    )
 
 
 def as_bytes(flat: Tensor) -> memoryview:

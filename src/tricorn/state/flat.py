@@ -87,10 +87,13 @@ class FlatParameters:
         ]
 
     def load_buffers(self, reader: CheckpointReader) -> None:
-        """Take the module's buffers from a checkpoint; one that it does not hold stays as it is."""
+        """Take the module's buffers from a checkpoint; one that it does not hold stays as it is.
+
+        Raises UsageError if one has another shape there.
+        """
         for name, buffer in self.module.named_buffers():
             if f"buffer/{name}" in reader:
-                buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.numel()).view(buffer.shape))
+                buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.shape).view(buffer.shape))
 
 
 class FlatState(FlatParameters):
@@ -120,10 +123,13 @@ class FlatState(FlatParameters):
         return flat_pieces(self.tensors(), self.entries) + self.buffer_pieces()
 
     def load(self, reader: CheckpointReader) -> None:
-        """Take the state from a checkpoint written under any strategy and any number of workers."""
+        """Take the state from a checkpoint written under any strategy and any number of workers.
+
+        Raises UsageError if it is that of a model with other shapes, CheckpointDamaged if a part is not there.
+        """
         for prefix, flat_N in self.tensors().items():
             for entry in self.entries:
-                flat_N[entry.start : entry.stop] = reader.read_whole(f"{prefix}/{entry.name}", entry.stop - entry.start)
+                flat_N[entry.start : entry.stop] = reader.read_whole(f"{prefix}/{entry.name}", entry.shape)
         self.load_buffers(reader)
         self.step = reader.step
         self.grads_N.zero_()

@@ -2,7 +2,8 @@
 
 A tensor is stored under ``KEY@START``: elements [START, START + length) of the flattened tensor KEY. Keys are
 ``param/NAME``, ``optim/SLOT/NAME`` and ``buffer/NAME``. So a checkpoint written by two servers, three pipeline
-stages or one replica reads the same.
+stages or one replica reads the same. The file's metadata has, as ``shapes``, the whole shape of each KEY in JSON, by
+which a model that was changed since is told from the one that was saved.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -44,7 +47,8 @@ class ShardFile(NamedTuple):
 
 def write_shard(folder: Path, name: str, pieces: Sequence[Piece]) -> ShardFile:
     """Write the pieces durably to ``folder/name``; raise OSError if the disk will not take them, leaving nothing."""
-    payload = save({f"{p.key}@{p.start}": p.data.contiguous() for p in pieces})
+    shapes = msgspec.json.encode({p.key: p.shape for p in pieces}).decode()
+    payload = save({f"{p.key}@{p.start}": p.data.contiguous() for p in pieces}, {"shapes": shapes})
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / name, folder / f"{name}.partial"
     try:
@@ -60,31 +64,46 @@ def write_shard(folder: Path, name: str, pieces: Sequence[Piece]) -> ShardFile:
 
 
 class CheckpointReader:
-    """Reads slices out of the shard files of one checkpoint. ``step`` is how many updates its weights have."""
+    """Reads slices out of the shard files of one checkpoint. ``step`` is how many updates its weights have.
+
+    Raises CheckpointDamaged if a file does not say what shapes its tensors have.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.step = step
         self._files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
         self._slices: dict[str, list[tuple[int, int, int]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for index, file in enumerate(self._files):
+            shapes = (file.metadata() or {}).get("shapes", "{}")
+            self._shapes |= msgspec.json.decode(shapes, type=dict[str, tuple[int, ...]])
             for stored in file.keys():  # noqa: SIM118 - not a dict
                 key, _, start = stored.rpartition("@")
                 length = file.get_slice(stored).get_shape()[0]
                 self._slices.setdefault(key, []).append((int(start), int(start) + length, index))
+        if shapeless := self._slices.keys() - self._shapes.keys():
+            raise CheckpointDamaged(f"the checkpoint {folder} does not say what shape {min(shapeless)} has")
         self._folder = folder
 
     def __contains__(self, key: str) -> bool:
         return key in self._slices
 
-    def read_whole(self, key: str, size: int) -> Tensor:
-        """All elements of the flattened tensor; raises UsageError if it has more than ``size`` of them."""
-        stored = max((high for _, high, _ in self._slices.get(key, [])), default=0)
-        if stored > size:
+    def read_whole(self, key: str, shape: Sequence[int]) -> Tensor:
+        """The flattened tensor, which the model has in that shape; raises as ``read_slice``."""
+        return self.read_slice(key, shape, 0, prod(shape))
+
+    def read_slice(self, key: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, which the model has in that shape.
+
+        Raises UsageError if the checkpoint has it in another, CheckpointDamaged if any element is not there.
+        """
+        stored = self._shapes.get(key, tuple(shape))
+        if stored != tuple(shape):
             raise UsageError(
-                f"{key} has {stored} elements in the checkpoint {self._folder}, but {size} in the model",
+                f"{key} has the shape {stored} in the checkpoint {self._folder}, but {tuple(shape)} in the model",
                 remedy="Resume with the model that the run was started with, or start a new run.",
             )
-        return self.read(key, 0, size)
+        return self.read(key, start, stop)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor; raises CheckpointDamaged if any is not there."""

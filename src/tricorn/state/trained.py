@@ -17,7 +17,7 @@ from tricorn.state.shards import CheckpointReader
 def trained_model(job: Job, run: Path) -> nn.Module:
     """The job's model with the weights of the run's newest whole checkpoint.
 
-    Raises CheckpointDamaged if there is none.
+    Raises CheckpointDamaged if there is none, UsageError if its shapes are not those of the job's model.
     """
     folder, damages = checkpoints.newest_whole(run / "checkpoints")
     if folder is None:
@@ -28,5 +28,5 @@ def trained_model(job: Job, run: Path) -> nn.Module:
         for prefix, tensors in (("param", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in tensors:
                 if f"{prefix}/{name}" in reader:
-                    tensor.copy_(reader.read(f"{prefix}/{name}", 0, tensor.numel()).view(tensor.shape))
+                    tensor.copy_(reader.read_whole(f"{prefix}/{name}", tensor.shape).view(tensor.shape))
     return model.eval()

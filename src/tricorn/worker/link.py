@@ -80,6 +80,7 @@ class Link:
         try:
             while not self._closing and (sock := self._call()):
                 self._converse(sock)
+                time.sleep(0 if self._closing else CALL_AGAIN_SECONDS)
         except BaseException:
             traceback.print_exc()
             os._exit(3)  # a role that cannot be told anything is of no use: it will be replaced
@@ -131,6 +132,8 @@ class Link:
                         self._flush(sock)
 
     def _flush(self, sock: socket.socket) -> None:
+        if self._outgoing:
+            sock.sendall(m.encode(m.Heartbeat(bytes_sent=self._bytes_sent())))
         while self._outgoing:
             sock.sendall(m.encode(self._outgoing[0]))
             self._outgoing.popleft()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tricorn.control import messages as m
-from tricorn.errors import PeerLost
+from tricorn.errors import AuthenticationError, PeerLost
 from tricorn.strategy import Seat, Wishes
 from tricorn.worker.evaluation import evaluate
 
@@ -41,16 +42,18 @@ class Orders:
         self._queue: queue.SimpleQueue[m.Order] = queue.SimpleQueue()
         self._returned: m.Order | None = None
         self.epoch = 0  # the newest membership epoch heard of
-        self.wishes = Wishes()
+        self._wishes = Wishes()
+        self._wishing = threading.Lock()
 
     def handle(self, order: m.Order) -> None:
         """Called on the link's thread."""
         if isinstance(order, m.Wish):
-            self.wishes = Wishes(checkpoint=int(order.checkpoint), stop=int(order.stop))
+            with self._wishing:
+                self._wishes = Wishes(self._wishes.checkpoint | order.checkpoint, self._wishes.stop | order.stop)
             return
         if isinstance(order, m.Regroup):
             self.epoch = order.epoch
-            self.wishes = Wishes()
+            self.take_wishes()  # the coordinator will say them again
         if isinstance(order, m.Regroup | m.Shutdown) and self.trainer is not None:
             self.trainer.interrupt()
         if isinstance(order, m.Regroup):
@@ -75,7 +78,8 @@ class Orders:
         return not self._queue.empty()
 
     def take_wishes(self) -> Wishes:
-        wishes, self.wishes = self.wishes, Wishes()
+        with self._wishing:
+            wishes, self._wishes = self._wishes, Wishes()
         return wishes
 
 
@@ -113,7 +117,7 @@ class Loop(ABC):
                     self.members_run(order)
                 except Regrouping:
                     pass  # the order to regroup is in the queue
-                except PeerLost as lost:
+                except (PeerLost, AuthenticationError) as lost:  # a stranger may have taken a dead peer's port
                     self.link.send(m.Broken(epoch=order.epoch, reason=str(lost)))
 
     @abstractmethod
