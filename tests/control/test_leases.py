@@ -101,3 +101,16 @@ def test_nothing_is_lent_across_the_limit(limit: int, wanted: int):
     leases.limit = limit
     leases.want("worker-0", wanted)
     assert leases.grants().get("worker-0", []) == list(range(min(limit, wanted)))
+
+
+def test_a_torn_step_is_finished_before_the_run_rests():
+    leases = Leases({"server-0": Intervals([(0, 2)]), "server-1": Intervals([(0, 1)])})
+    leases.limit = 10
+    assert leases.torn
+    leases.want("worker-0", 2)
+    assert leases.grants(torn_only=True) == {"worker-0": [1]}
+    assert leases.grants(torn_only=True) == {}
+    assert leases.applied("server-1", [1]) == [1]
+    assert not leases.torn
+    assert not leases.outstanding
+    assert leases.grants() == {"worker-0": [2]}

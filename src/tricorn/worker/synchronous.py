@@ -35,14 +35,18 @@ class SynchronousLoop(Loop):
                 losses, reported = [], time.monotonic()
             cadence = self.checkpoint_steps and step % self.checkpoint_steps == 0
             if outcome.wishes.checkpoint or cadence or ((stopped or last) and saved != step):
-                self.saver.save(epoch, step, self.trainer.pieces())
+                self._save(epoch, step)
                 saved = step
             if boundary and self.batches.evaluation_samples:
                 self.evaluate(epoch, step, 0, self.batches.evaluation_samples)
         if saved != step:
-            self.saver.save(epoch, step, self.trainer.pieces())
+            self._save(epoch, step)
         self.saver.wait()
         self.link.send(m.Finished(epoch=epoch, stopped=stopped, bytes_sent=self.trainer.bytes_sent))
+
+    def _save(self, epoch: int, step: int) -> None:
+        self.saver.wait()  # a disk slower than the cadence holds up the training rather than fill the memory
+        self.saver.save(epoch, step, self.trainer.pieces())
 
     def _step(self, step: int) -> Outcome:
         samples = self.batches.samples(step)
