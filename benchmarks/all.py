@@ -25,7 +25,8 @@ def section(name: str, quick: list[str]) -> str:
         "| system | case | figure | low | high | runs |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {r['system']} | {r['case']} | {r['figure']:.4g} {r['unit']} | {r['low']:.4g} | {r['high']:.4g} | {r['runs']} |"
+            f"| {r['system']} | {r['case']} | {r['figure']:.4g} {r['unit']} "
+            f"| {r['low']:.4g} | {r['high']:.4g} | {r['runs']} |"
             for r in result["rows"]
         ),
         "",
