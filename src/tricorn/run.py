@@ -18,7 +18,7 @@ from tricorn import errors
 from tricorn import folder as folders
 from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
-from tricorn.control.state import Facts
+from tricorn.control.facts import Facts
 from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
 from tricorn.engine.local import LocalEngine

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from tricorn.comm import auth
 from tricorn.comm.sockets import connect, listen, receive_exactly
 from tricorn.control import messages as m
+from tricorn.control.facts import Facts
 from tricorn.control.ledger import Ledger, Order
 from tricorn.control.record import Record
 from tricorn.control.server import MAX_STRANGERS, serve
-from tricorn.control.state import Coordinator, Facts
+from tricorn.control.state import Coordinator
 from tricorn.errors import AuthenticationError, PeerLost
 from tricorn.plan import Plan
 
@@ -44,7 +45,7 @@ import msgspec
 from tricorn.control.ledger import Order
 from tricorn.control.record import Record
 from tricorn.control.server import serve
-from tricorn.control.state import Facts
+from tricorn.control.facts import Facts
 from tricorn.plan import Plan
 
 descriptor, folder, secret, facts, order = sys.argv[1:]

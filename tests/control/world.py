@@ -13,8 +13,9 @@ from random import Random
 
 from tricorn.control import instructions as s
 from tricorn.control import messages as m
+from tricorn.control.facts import Facts
 from tricorn.control.intervals import Intervals
-from tricorn.control.state import Coordinator, Facts
+from tricorn.control.state import Coordinator
 from tricorn.testing.clock import VirtualClock
 
 SAMPLES_PER_STEP = 10

@@ -14,6 +14,7 @@ import msgspec
 
 from tricorn.comm import auth
 from tricorn.control import messages as m
+from tricorn.control.facts import Facts
 from tricorn.control.instructions import (
     BeginEpoch,
     Checkpoint,
@@ -28,7 +29,7 @@ from tricorn.control.instructions import (
 )  # fmt: skip
 from tricorn.control.plausible import refuse_nonsense
 from tricorn.control.record import Record
-from tricorn.control.state import Coordinator, Facts
+from tricorn.control.state import Coordinator
 from tricorn.errors import AuthenticationError, CheckpointDamaged, ProtocolError, StorageError
 
 TICK_SECONDS = 0.1

@@ -10,11 +10,11 @@ on together from the newest step that is wholly held (resume.py), or else from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-import msgspec
+from collections.abc import Callable
 
 from tricorn.control import messages as m
+from tricorn.control.evaluations import Evaluations
+from tricorn.control.facts import Facts
 from tricorn.control.instructions import (
     BeginEpoch,
     Checkpoint,
@@ -32,25 +32,6 @@ from tricorn.control.leases import Leases
 from tricorn.control.members import Member, Members
 from tricorn.control.resume import LOST, Source, resume_point
 from tricorn.errors import CheckpointDamaged
-
-
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the coordinator has to know of job and plan. Times are in seconds."""
-
-    workers: int
-    servers: int
-    synchronous: bool
-    samples: int
-    batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    evaluation_samples: int
-    checkpoint_seconds: float
-    checkpoint_steps: int  # 0: by time alone
-    heartbeat_timeout: float
-    start_timeout: float = 120.0
-    regroup_timeout: float = 600.0
-    barren_restarts: int = 8  # restarts without a committed step in between, before the run fails
 
 
 class Coordinator:
@@ -75,11 +56,10 @@ class Coordinator:
         self.epoch = epoch  # the newest membership epoch ever begun
         self.members = Members.of(facts.workers, facts.servers)
         self.committed = committed
-        self._evaluated = evaluated
+        self._evaluations = Evaluations(facts, evaluated)
         self._newest_checkpoint = newest_checkpoint
         self._saved = saved
         self._saving: dict[int, dict[str, list[m.File]]] = {}
-        self._evaluation: dict[int, dict[str, m.Evaluated]] = {}  # by step and role
         self._leases: Leases | None = None
         self._task = ""  # of an asynchronous run that stands still: evaluate or save
         self._generation = 0
@@ -258,8 +238,8 @@ class Coordinator:
             self._leases = Leases(held)
             self.committed = self._leases.committed
         step = len(self.committed)
+        self._evaluations.go_back(step)
         self._saving.clear()
-        self._evaluation = {s: shares for s, shares in self._evaluation.items() if s <= step}
         self._task = ""
         self._saved_at, self._save_wished = now, False
         self.phase = "running"
@@ -272,7 +252,7 @@ class Coordinator:
             step=step, source=self._kind(source, checkpoint), peer=source.peer,
             checkpoint=checkpoint.folder if checkpoint else None,
             generation=self._generation, applied=self.committed.pairs,
-            evaluate=self._evaluation_due(step), saved=self._saved,
+            evaluate=self._evaluations.due(step), saved=self._saved,
         )  # fmt: skip
         self._out += [Send(role, begin) for role in self.members.roles]
         for role, report in ready.items():
@@ -292,7 +272,6 @@ class Coordinator:
         checkpoint = self._newest_checkpoint()
         self._saved = checkpoint.step if checkpoint else -1
         self.committed = Intervals(checkpoint.applied if checkpoint else [])
-        self._evaluated = {step for step in self._evaluated if step <= len(self.committed)}
         self._generation = self.epoch
         return checkpoint
 
@@ -335,19 +314,9 @@ class Coordinator:
         for step, loss in enumerate(message.losses, message.upto - len(message.losses)):
             self._out.append(Trace(step, loss))
 
-    def _evaluation_due(self, step: int) -> bool:
-        at_boundary = step > 0 and (step % self.facts.steps_per_epoch == 0)
-        return bool(self.facts.evaluation_samples) and at_boundary and step not in self._evaluated
-
     def _judge(self, role: str, share: m.Evaluated) -> None:
-        if share.step in self._evaluated:
-            return
-        shares = self._evaluation.setdefault(share.step, {})
-        shares[role] = share
-        if sum(s.samples for s in shares.values()) == self.facts.evaluation_samples:
-            del self._evaluation[share.step]
-            self._evaluated.add(share.step)
-            values = _means(shares.values())
+        values = self._evaluations.add(role, share)
+        if values is not None:
             self._out.append(Measured(share.step, values))
             self._out.append(Tell(m.Evaluation(step=share.step, values=values)))
             if self._task == "evaluate":
@@ -374,7 +343,7 @@ class Coordinator:
             self._advance_leased(self._leases)
         elif all(w.finished for w in self.members.workers()):
             step = self.committed.first_gap()
-            if self._saved == step and (self._stopping or not self._evaluation_due(step)):
+            if self._saved == step and (self._stopping or not self._evaluations.due(step)):
                 self._end("done" if step == self.facts.total_steps else "stopped", None)
 
     def _advance_leased(self, leases: Leases) -> None:
@@ -383,12 +352,12 @@ class Coordinator:
         if self._task:
             return
         boundary = (step // self.facts.steps_per_epoch + 1) * self.facts.steps_per_epoch
-        leases.limit = step if self._evaluation_due(step) else min(boundary, self.facts.total_steps)
+        leases.limit = step if self._evaluations.due(step) else min(boundary, self.facts.total_steps)
         for worker, steps in leases.grants(torn_only=self._stopping or self._save_wished).items():
             self._out.append(Send(worker, m.Lease(epoch=self.epoch, steps=steps)))
         if leases.outstanding or leases.torn:
             return
-        if self._evaluation_due(step) and not self._stopping:
+        if self._evaluations.due(step) and not self._stopping:
             self._task = "evaluate"
             self._out += self._evaluation_shares(step)
         elif (self._stopping or self._save_wished or finished) and self._saved != step:
@@ -418,16 +387,6 @@ class Coordinator:
     def _take(self) -> list[Instruction]:
         out, self._out = self._out, []
         return out
-
-
-def _means(shares: Iterable[m.Evaluated]) -> dict[str, float]:
-    """Sums over sums of weights, in the order in which the shares come: that of the ranks does not matter."""
-    totals: dict[str, tuple[float, float]] = {}
-    for share in shares:
-        for name, (value, weight) in share.sums.items():
-            value_sum, weight_sum = totals.get(name, (0.0, 0.0))
-            totals[name] = (value_sum + value, weight_sum + weight)
-    return {name: value / weight for name, (value, weight) in totals.items() if weight}
 
 
 _SOURCES = {

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from tricorn.control.facts import Facts
 from tricorn.control.ledger import Order
 from tricorn.control.messages import Address
-from tricorn.control.state import Facts
 from tricorn.plan import Plan
 
 
