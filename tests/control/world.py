@@ -7,6 +7,7 @@ in its weights, so that a step lost or counted twice is seen.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from random import Random
@@ -48,7 +49,7 @@ class Role:
     evaluated: list[m.Evaluated] = field(default_factory=list)
 
 
-class World:
+class World(ABC):
     """``run`` lets the schedule decide everything until the coordinator has ended the run."""
 
     def __init__(self, random: Random, *, workers: int, servers: int, synchronous: bool, faults: int) -> None:
@@ -215,17 +216,17 @@ class World:
             case m.Save() if role.begin:
                 self._save(role, order.step)
 
-    def _ready(self, role: Role) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _ready(self, role: Role) -> None: ...
 
-    def _restore(self, role: Role, begin: m.Begin) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _restore(self, role: Role, begin: m.Begin) -> None: ...
 
-    def _began(self, role: Role, begin: m.Begin) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _began(self, role: Role, begin: m.Begin) -> None: ...
 
-    def _work(self, role: Role) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _work(self, role: Role) -> None: ...
 
     def _evaluated(self, role: Role, step: int, samples: int) -> None:
         sums = {"loss": (samples * 1.0, float(samples))}

@@ -178,6 +178,9 @@ class Cluster:
         self.listener.close()
 
 
-def step_of(trainer: Any, step: int, inputs: torch.Tensor, target: torch.Tensor, wishes: Wishes = Wishes()) -> Outcome:  # noqa: B008 - immutable
+NONE = Wishes()
+
+
+def step_of(trainer: Any, step: int, inputs: torch.Tensor, target: torch.Tensor, wishes: Wishes = NONE) -> Outcome:
     samples = len(target)
     return trainer.step(step, share_of(inputs, target, *trainer.share(samples)), samples, wishes)
