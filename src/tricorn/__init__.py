@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from tricorn import errors
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.table import Table
 
 if TYPE_CHECKING:
     from tricorn import data, optim
     from tricorn.run import Result, train
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Plan", "Result", "__version__", "data", "errors", "optim", "train"]
+__all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "optim", "train"]
 
 
 def __getattr__(name: str) -> Any:

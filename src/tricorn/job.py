@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from tricorn.errors import JobError, Problem
+from tricorn.table import Table
 
 Precision = Literal["float32", "float64", "bfloat16"]
 
@@ -35,6 +36,9 @@ class Job:
         clip_norm: bound on the global L2 norm of the gradient; None means none.
         precision: ``float32``, ``float64``, or ``bfloat16`` (autocast in forward, float32 weights).
         device: ``auto``, ``cpu`` or ``cuda``.
+        tables: name of an ``nn.Embedding`` or ``nn.EmbeddingBag`` of the model -> ``tricorn.Table``. None takes
+            every embedding of a million elements or more whose rows are updated alike by rows or as a whole (plain
+            SGD, Adagrad), with the weights that the model gives it.
 
     A parameter that a step does not use has a zero gradient in that step, under every strategy.
 
@@ -55,6 +59,7 @@ class Job:
     clip_norm: float | None = None
     precision: Precision = "float32"
     device: str = "auto"
+    tables: Mapping[str, Table] | None = None
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self)):
@@ -87,8 +92,22 @@ def _problems(job: Job) -> Iterator[Problem]:
         yield Problem("clip_norm", _shown(clip), "give a number above 0, or None")
     if job.precision not in get_args(Precision):
         yield Problem("precision", _shown(job.precision), "give one of " + ", ".join(get_args(Precision)))
+    if job.tables is not None:
+        yield from _table_problems(job.tables)
     if not (isinstance(job.device, str) and job.device.split(":")[0] in ("auto", "cpu", "cuda")):
         yield Problem("device", _shown(job.device), "give auto, cpu or cuda")
+
+
+def _table_problems(tables: object) -> Iterator[Problem]:
+    if not isinstance(tables, Mapping):
+        yield Problem("tables", _shown(tables), "give a dict of an embedding's name -> tricorn.Table(...), or None")
+        return
+    for name, table in tables.items():
+        if isinstance(table, Table):
+            for field, given, would_do in table.mistakes():
+                yield Problem(f"tables[{name!r}].{field}", given, would_do)
+        else:
+            yield Problem(f"tables[{name!r}]", _shown(table), "give tricorn.Table(...)")
 
 
 def _data_problems(job: Job) -> Iterator[Problem]:

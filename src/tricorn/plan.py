@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import msgspec
 
 StrategyName = Literal["ps", "dp", "mp"]
 Consistency = Literal["bsp", "ssp", "asp"]
+Stale = Literal["keep", "scale", "compensate", "drop"]
+Compression = Literal["none", "bf16", "fp16", "int8", "topk", "powersgd"]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,8 +17,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     ``servers``, ``consistency`` and ``staleness`` speak of the parameter server: how many servers hold the
     parameters, and how old (in clocks) a value may be that a worker reads: ``bsp`` not at all, ``ssp`` at most
-    ``staleness``, ``asp`` without bound. ``microbatches`` speaks of the pipeline; ``None`` lets Tricorn choose.
-    ``threads`` is the number of compute threads of each worker; ``None`` divides the machine's cores among them.
+    ``staleness``, ``asp`` without bound. ``sparse_consistency`` is that of the job's tables where it differs.
+    ``stale`` says what a server does with a gradient from old weights: ``keep`` it, ``scale`` its rate by
+    1/(1 + age), ``compensate`` it for the drift since (DC-ASGD), or ``drop`` it when older than ``staleness``.
+
+    ``zero`` says what data parallel spreads over the workers instead of copying: nothing (0), the optimizer's
+    state (1), also gradients (2), also weights (3). ``balance`` lets each worker's share of a batch follow its
+    measured speed. ``microbatches``: the parts of a batch that a pipeline works on in turn, or whose gradients a
+    data parallel worker adds up one after another; ``None`` lets Tricorn choose.
+
+    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1 lets
+    each worker make that many updates by itself before they meet, by plain ``average`` or by an ``outer`` step with
+    Nesterov's momentum (DiLoCo). ``threads`` is the number of compute threads of each worker; ``None`` divides the
+    machine's cores among them.
     """
 
     strategy: StrategyName
@@ -24,7 +37,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     servers: int = 0
     consistency: Consistency = "bsp"
     staleness: int = 3
+    sparse_consistency: Consistency | None = None
+    stale: Stale = "keep"
+    zero: Literal[0, 1, 2, 3] = 0
+    balance: bool = False
     microbatches: int | None = None
+    compress: Compression = "none"
+    local_steps: int = 1
+    outer: Literal["average", "nesterov"] = "nesterov"
     threads: int | None = None
 
     @property
@@ -47,8 +67,44 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             found.append(f"staleness is {self.staleness}; give 0 or more")
         if self.microbatches is not None and self.microbatches < 1:
             found.append(f"microbatches is {self.microbatches}; give at least 1")
-        if self.microbatches is not None and self.strategy != "mp":
-            found.append("microbatches is set, but only --strategy mp has microbatches; leave it out")
+        if self.microbatches is not None and self.strategy == "ps":
+            found.append("microbatches is set, but only --strategy dp and mp have microbatches; leave it out")
+        if self.local_steps < 1:
+            found.append(f"local_steps is {self.local_steps}; give at least 1")
+        found += [
+            f"{field} is {getattr(self, field)}, but only --strategy {' and '.join(having)} has that; leave it out"
+            for field, having in _ONLY.items()
+            if self.strategy not in having and getattr(self, field) != _default(field)
+        ]
         if self.threads is not None and self.threads < 1:
             found.append(f"threads is {self.threads}; give at least 1")
         return found
+
+
+class Options(TypedDict, total=False):
+    """The fields of a plan, as keyword arguments."""
+
+    strategy: StrategyName
+    workers: int
+    servers: int
+    consistency: Consistency
+    staleness: int
+    sparse_consistency: Consistency | None
+    stale: Stale
+    zero: Literal[0, 1, 2, 3]
+    balance: bool
+    microbatches: int | None
+    compress: Compression
+    local_steps: int
+    outer: Literal["average", "nesterov"]
+    threads: int | None
+
+
+_ONLY: dict[str, tuple[StrategyName, ...]] = {
+    "sparse_consistency": ("ps",), "stale": ("ps",), "zero": ("dp",), "balance": ("dp",),
+    "compress": ("ps", "dp"), "local_steps": ("ps", "dp"), "outer": ("ps", "dp"),
+}  # fmt: skip
+
+
+def _default(field: str) -> object:
+    return {info.name: info.default for info in msgspec.structs.fields(Plan)}[field]

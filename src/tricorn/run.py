@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
+
+import msgspec
 
 from tricorn import errors
 from tricorn import folder as folders
@@ -25,7 +27,7 @@ from tricorn.engine.local import LocalEngine
 from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
 from tricorn.job import Job
 from tricorn.launcher import Launcher
-from tricorn.plan import Consistency, Plan, StrategyName
+from tricorn.plan import Options, Plan
 from tricorn.report.progress import Progress, progress
 
 if TYPE_CHECKING:
@@ -56,32 +58,30 @@ class Result:
 def train(
     job: Job,
     *,
-    strategy: StrategyName = "dp",
-    workers: int = 2,
-    servers: int | None = None,
-    consistency: Consistency = "bsp",
-    staleness: int = 3,
-    microbatches: int | None = None,
-    threads: int | None = None,
     plan: Plan | None = None,
     resume: str | Path | None = None,
     runs: str | Path = "runs",
     checkpoint_every: str | int = "30s",
     heartbeat_timeout: float = 10.0,
+    **options: Unpack[Options],
 ) -> Result:
     """Train the job on this machine's processes and return the trained model and its history.
 
-    The options are those of ``tricorn train`` (see ``Plan``); a whole ``plan`` may be given instead. ``resume``
+    ``options`` are the fields of ``Plan``, as of ``tricorn train``; a whole ``plan`` may be given instead. ``resume``
     names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``.
 
     Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
     Ctrl-C, when the run can be resumed.
     """
     if plan is None:
-        plan = Plan(
-            strategy=strategy, workers=workers, servers=(1 if strategy == "ps" else 0) if servers is None else servers,
-            consistency=consistency, staleness=staleness, microbatches=microbatches, threads=threads,
-        )  # fmt: skip
+        strategy = options.get("strategy", "dp")
+        defaults = {"strategy": strategy, "servers": 1 if strategy == "ps" else 0}
+        try:
+            plan = msgspec.convert({**defaults, **options}, Plan)
+        except msgspec.ValidationError as error:
+            raise PlanError(f"an option of the plan: {error}", remedy="See tricorn.Plan for what there is.") from None
+    elif options:
+        raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     folder = folders.find(resume, Path(runs)) if resume is not None else None
     timing = timing_of(checkpoint_every, heartbeat_timeout)
     summary, folder = execute(LocalEngine, job, plan, timing, runs=Path(runs), folder=folder)

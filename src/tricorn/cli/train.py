@@ -18,6 +18,9 @@ from tricorn.run import execute, timing_of
 
 Strategy = StrEnum("Strategy", ["ps", "dp", "mp"])
 Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
+Stale = StrEnum("Stale", ["keep", "scale", "compensate", "drop"])
+Compression = StrEnum("Compression", ["none", "bf16", "fp16", "int8", "topk", "powersgd"])
+Outer = StrEnum("Outer", ["average", "nesterov"])
 
 
 def train(
@@ -33,7 +36,22 @@ def train(
         Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. [bsp]")
     ] = None,
     staleness: Annotated[int | None, typer.Option(help="With ssp: how many clocks old a value may be. [3]")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="With mp: parts of a batch. [chosen]")] = None,
+    sparse_consistency: Annotated[
+        Consistency | None, typer.Option(help="With ps: that of the tables. [as --consistency]")
+    ] = None,
+    stale: Annotated[
+        Stale | None, typer.Option(help="With ps: what becomes of a gradient from old weights. [keep]")
+    ] = None,
+    zero: Annotated[
+        int | None, typer.Option(min=0, max=3, help="With dp: spread optimizer state (1), gradients (2), weights (3).")
+    ] = None,
+    balance: Annotated[
+        bool | None, typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed.")
+    ] = None,
+    microbatches: Annotated[int | None, typer.Option(help="With dp and mp: parts of a batch. [chosen]")] = None,
+    compress: Annotated[Compression | None, typer.Option(help="How gradients travel. [none]")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Updates a worker makes before all meet. [1]")] = None,
+    outer: Annotated[Outer | None, typer.Option(help="With --local-steps: how they meet. [nesterov]")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. [cores / workers]")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given.")
@@ -48,8 +66,10 @@ def train(
     """Train a job: the same declared job by any strategy, with the same numbers."""
     given = {
         "strategy": strategy and strategy.value, "workers": workers, "servers": servers,
-        "consistency": consistency and consistency.value, "staleness": staleness, "microbatches": microbatches,
-        "threads": threads,
+        "consistency": consistency and consistency.value, "staleness": staleness,
+        "sparse_consistency": sparse_consistency and sparse_consistency.value, "stale": stale and stale.value,
+        "zero": zero, "balance": balance, "microbatches": microbatches, "compress": compress and compress.value,
+        "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
     folder = folders.find(resume, runs) if resume else None
