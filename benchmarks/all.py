@@ -9,7 +9,18 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("same_numbers", "startup", "recovery")
+BENCHMARKS = (
+    "same_numbers",
+    "startup",
+    "recovery",
+    "collectives",
+    "dp",
+    "slow_link",
+    "ps_table",
+    "ps_wire",
+    "ps_ctr",
+    "ps_quality",
+)
 
 
 def section(name: str, quick: list[str]) -> str:

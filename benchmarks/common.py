@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -66,10 +67,12 @@ class Report:
             print(f"  {'holds ' if bar['holds'] else 'FAILS '} {bar['name']}: {bar['value']:g}, {bound}")
 
 
-def options(question: str) -> tuple[Report, argparse.Namespace]:
-    """Read ``--quick`` and ``--json``."""
+def options(question: str, cases: Sequence[str] = ()) -> tuple[Report, argparse.Namespace]:
+    """Read ``--quick``, ``--json`` and, where there are ``cases``, ``--case``: a list of some, or None."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    if cases:
+        parser.add_argument("--case", action="append", choices=cases, help="only this one")
     chosen = parser.parse_args()
     return Report(question, chosen.quick), chosen

@@ -32,8 +32,9 @@ GOOD: dict[str, Any] = {
 # field: (a bad value, what the message shows of it, what it says would do)
 BAD: dict[str, tuple[Any, str, str]] = {
     "model": (torch.nn.Linear, "needs in_features, out_features", "lambda: Net(...)"),
+    "tables": (["users"], "['users'] (list)", "a dict of an embedding's name"),
     "loss": ("cross_entropy", "'cross_entropy' (str)", "a function of (output, target)"),
-    "optimizer": (torch.optim.SGD, "SGD", "tricorn.optim.SGD, Adagrad, Adam or AdamW"),
+    "optimizer": (torch.optim.SGD, "SGD", "tricorn.optim.SGD, Adagrad, Adam, AdamW or FTRL"),
     "train": (7, "7 (int)", "tricorn.data.arrays(x, y)"),
     "evaluate": ([], "data without samples", "at least one sample"),
     "metrics": ([mean_error], "(list)", "a dict of name -> function"),
@@ -102,3 +103,17 @@ def test_a_metric_that_is_no_function_is_named() -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(TypeError, match="learning_rate"):
         tricorn.Job(**GOOD, learning_rate=0.1)
+
+
+def test_a_module_instead_of_what_builds_it() -> None:
+    with pytest.raises(JobError, match=r"model: given a Linear; give what builds it"):
+        tricorn.Job(**{**GOOD, "model": torch.nn.Linear(2, 1)})
+
+
+def test_the_mistakes_of_a_table_are_told() -> None:
+    table = tricorn.Table(std=-1.0, admit=0, max_rows=0)
+    with pytest.raises(JobError) as caught:
+        tricorn.Job(**{**GOOD, "tables": {"users": table}})
+    assert [problem.field for problem in caught.value.problems] == [
+        f"tables['users'].{field}" for field in ("std", "admit", "max_rows")
+    ]

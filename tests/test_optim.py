@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -64,7 +65,13 @@ def test_twenty_updates_equal_torch(
 
 @pytest.mark.parametrize(
     "declared",
-    [optim.SGD(lr=0.1, momentum=0.9), optim.Adagrad(lr=0.1), optim.Adam(lr=0.1), optim.AdamW(lr=0.1)],
+    [
+        optim.SGD(lr=0.1, momentum=0.9),
+        optim.Adagrad(lr=0.1),
+        optim.Adam(lr=0.1),
+        optim.AdamW(lr=0.1),
+        optim.FTRL(lr=0.1, l1=0.1),
+    ],
     ids=lambda declared: type(declared).__name__,
 )
 def test_updating_in_parts_equals_updating_whole(declared: optim.Optimizer) -> None:
@@ -93,14 +100,80 @@ def test_updating_in_parts_equals_updating_whole(declared: optim.Optimizer) -> N
         (optim.Adam(lr=0.1, betas=(1.0, 0.9)), {"betas"}),
         (optim.AdamW(lr=0.1, weight_decay=-1.0, eps=-1.0), {"weight_decay", "eps"}),
         (optim.Adam(lr=0.1), set()),
+        (optim.FTRL(lr=-1.0, beta=0.0, l1=-1.0, l2=float("nan")), {"lr", "beta", "l1", "l2"}),
+        (optim.RowwiseAdagrad(lr=0.1, eps=-1.0), {"eps"}),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_impossible_numbers_are_named(declared: optim.Optimizer, fields: set[str]) -> None:
     assert {field for field, _, _ in declared.mistakes()} == fields
 
 
-@pytest.mark.parametrize("ours", [optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW])
-def test_a_declaration_survives_the_wire(ours: type) -> None:
-    declared = ours(lr=0.25, weight_decay=0.5)
-    assert msgspec.json.decode(msgspec.json.encode(declared), type=optim.Optimizer) == declared
+@pytest.mark.parametrize(
+    "declared",
+    [
+        *(kind(lr=0.25, weight_decay=0.5) for kind in (optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW)),
+        optim.FTRL(lr=0.25, l1=0.5),
+        optim.RowwiseAdagrad(lr=0.25, eps=0.5),
+    ],
+    ids=lambda declared: type(declared).__name__,
+)
+def test_a_declaration_survives_the_wire(declared: optim.RowOptimizer) -> None:
+    assert msgspec.json.decode(msgspec.json.encode(declared), type=optim.RowOptimizer) == declared
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.5, 0.0), (0.3, 0.2)])
+def test_ftrl_follows_the_paper(l1: float, l2: float) -> None:
+    """Algorithm 1 of McMahan et al. 2013, one number at a time."""
+    alpha, beta = 0.1, 1.0
+    random = torch.Generator().manual_seed(3)
+    param, slots = torch.zeros(50, dtype=torch.float64), {s: torch.zeros(50, dtype=torch.float64) for s in ("z", "n")}
+    w, z, n = [0.0] * 50, [0.0] * 50, [0.0] * 50
+    for step in range(1, 21):
+        grad = torch.randn(50, dtype=torch.float64, generator=random)
+        optim.FTRL(lr=alpha, beta=beta, l1=l1, l2=l2).update(param, grad.clone(), slots, step=step, lr=alpha)
+        for i, g in enumerate(grad.tolist()):
+            sigma = (math.sqrt(n[i] + g * g) - math.sqrt(n[i])) / alpha
+            z[i] += g - sigma * w[i]
+            n[i] += g * g
+            w[i] = 0.0
+            if abs(z[i]) > l1:
+                w[i] = -(z[i] - math.copysign(l1, z[i])) / ((beta + math.sqrt(n[i])) / alpha + l2)
+    torch.testing.assert_close(param, torch.tensor(w, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+    assert (param == 0).any() == (l1 > 0)
+
+
+def test_a_schedule_does_not_move_the_weights_that_ftrl_has() -> None:
+    declared = optim.FTRL(lr=0.1)
+    param, slots = torch.zeros(3), {slot: torch.zeros(3) for slot in declared.slots}
+    declared.update(param, torch.tensor([1.0, -2.0, 3.0]), slots, step=1, lr=0.1)
+    before = param.clone()
+    for step, lr in ((2, 0.0), (3, 0.001), (4, 10.0)):
+        declared.update(param, torch.zeros(3), slots, step=step, lr=lr)
+        torch.testing.assert_close(param, before)
+
+
+@pytest.mark.parametrize(
+    ("declared", "same"),
+    [
+        (optim.SGD(lr=0.1), True),
+        (optim.SGD(lr=0.1, momentum=0.9), False),
+        (optim.SGD(lr=0.1, weight_decay=0.1), False),
+        (optim.Adagrad(lr=0.1, lr_decay=0.1), True),
+        (optim.Adagrad(lr=0.1, weight_decay=0.1), False),
+        (optim.Adam(lr=0.1), False),
+        (optim.AdamW(lr=0.1, weight_decay=0.0), False),
+        (optim.FTRL(lr=0.1), False),
+    ],
+    ids=repr,
+)
+def test_by_rows_means_that_a_gradient_of_zero_changes_nothing(declared: optim.Optimizer, same: bool) -> None:
+    """A row that had a gradient once and then has none, beside one that never had any."""
+    param, slots = torch.ones(2), {slot: torch.zeros(2) for slot in declared.slots}
+    declared.update(param, torch.tensor([1.0, 0.0]), slots, step=1, lr=0.1)
+    changed = not torch.equal(param[1:], torch.ones(1))
+    before = [tensor.clone() for tensor in (param, *slots.values())]
+    declared.update(param, torch.zeros(2), slots, step=2, lr=0.1)
+    changed |= any(not torch.equal(*pair) for pair in zip(before, (param, *slots.values()), strict=True))
+    assert declared.by_rows is same
+    assert changed is not same

@@ -37,8 +37,8 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
         ({"strategy": "ps", "servers": 1, "staleness": -1}, ["staleness is -1; give 0 or more"]),
         ({"strategy": "mp", "microbatches": 0}, ["microbatches is 0; give at least 1"]),
         (
-            {"strategy": "dp", "microbatches": 2},
-            ["microbatches is set, but only --strategy mp has microbatches; leave it out"],
+            {"strategy": "ps", "servers": 1, "microbatches": 2},
+            ["microbatches is set, but only --strategy dp and mp have microbatches; leave it out"],
         ),
         ({"strategy": "dp", "threads": 0}, ["threads is 0; give at least 1"]),
     ],

@@ -10,18 +10,18 @@ from tricorn.plan import Plan
 from tricorn.table import Table
 
 if TYPE_CHECKING:
-    from tricorn import data, optim
+    from tricorn import data, optim, ps
     from tricorn.run import Result, train
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "optim", "train"]
+__all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "optim", "ps", "train"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line must not wait for PyTorch before it starts the fork server.
     import importlib
 
-    if name in ("data", "optim"):
+    if name in ("data", "optim", "ps"):
         return importlib.import_module(f"tricorn.{name}")
     if name in ("train", "Result"):
         return getattr(importlib.import_module("tricorn.run"), name)

@@ -11,6 +11,7 @@ TricornError
 ├── ClusterError            exit 3   machines, network, storage
 │   ├── RoleFailed                   a role that cannot be kept alive
 │   ├── StorageError                 a full or failing disk
+│   ├── TableFull                    a sparse table that has reached its memory limit
 │   ├── CheckpointDamaged            no checkpoint left that can be read
 │   ├── ProtocolError                a frame that is malformed or too long
 │   └── AuthenticationError          a peer that does not know the run's secret
@@ -97,6 +98,10 @@ class RoleFailed(ClusterError):
 
 class StorageError(ClusterError):
     remedy = "Free space in the run's folder or choose another with --runs, then `tricorn train --resume RUN`."
+
+
+class TableFull(ClusterError):
+    remedy = "Give the table max_rows or ttl, add servers (--servers), or raise the memory limit."
 
 
 class CheckpointDamaged(ClusterError):

@@ -64,22 +64,36 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, job: JobFacts, plan: Plan) -> int:
-    """Write what the run is, and point ``latest`` to it; returns how many steps are committed already.
+def prepare(folder: Path, job: JobFacts, plan: Plan) -> None:
+    """Make the folder ready for a run, and point ``latest`` to it. What an earlier run said it is stays for now.
 
     Raises UsageError if the run was started with another order of samples, StorageError if the disk will not take it.
     """
     with _writable(folder):
-        with Ledger(folder / "ledger.sqlite", job.order) as ledger:
-            done = len(ledger.committed())
+        Ledger(folder / "ledger.sqlite", job.order).close()
         (folder / "logs").mkdir(exist_ok=True)
-        write_json(folder / "job.json", job)
-        write_json(folder / "plan.json", plan)
+        if not (folder / "job.json").exists():
+            say(folder, job, plan)
         fresh = folder.parent / f".latest-{os.getpid()}"
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(folder.name)
         fresh.replace(folder.parent / "latest")
-    return done
+
+
+def say(folder: Path, job: JobFacts, plan: Plan) -> None:
+    """Write what the run is. Raises OSError."""
+    write_json(folder / "job.json", job)
+    write_json(folder / "plan.json", plan)
+
+
+def finished(folder: Path, job: JobFacts) -> dict[str, Any] | None:
+    """The summary of a run that has done all that the job asks for; None if there is something left to do."""
+    with contextlib.suppress(OSError, ValueError):
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
+        old = msgspec.json.decode((folder / "job.json").read_bytes(), type=JobFacts)
+        if summary["outcome"] == "done" and old.epochs == job.epochs and old.order == job.order:
+            return summary
+    return None
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -70,13 +70,16 @@ def _problems(job: Job) -> Iterator[Problem]:
     for name, what in (("model", "a callable that builds the module"), ("loss", "a function of (output, target)")):
         if not callable(getattr(job, name)):
             yield Problem(name, _shown(getattr(job, name)), f"give {what}")
-    if callable(job.model) and (needed := _required_parameters(job.model)):
+    if hasattr(job.model, "named_parameters") and not isinstance(job.model, type):
+        yield Problem("model", f"a {type(job.model).__name__}", "give what builds it, not the module: model=Net")
+    elif callable(job.model) and (needed := _required_parameters(job.model)):
         yield Problem("model", f"a callable that needs {needed}", "wrap it: model=lambda: Net(...)")
-    if hasattr(job.optimizer, "mistakes") and hasattr(job.optimizer, "slots"):
+    if hasattr(job.optimizer, "mistakes") and hasattr(job.optimizer, "update"):
         for name, given, would_do in job.optimizer.mistakes():
             yield Problem(f"optimizer.{name}", given, would_do)
     else:
-        yield Problem("optimizer", _shown(job.optimizer), "give tricorn.optim.SGD, Adagrad, Adam or AdamW")
+        would_do = "give tricorn.optim.SGD, Adagrad, Adam, AdamW or FTRL (RowwiseAdagrad only to a tricorn.Table)"
+        yield Problem("optimizer", _shown(job.optimizer), would_do)
     yield from _data_problems(job)
     for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
         value = getattr(job, name)

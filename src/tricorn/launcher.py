@@ -36,8 +36,12 @@ class Launcher:
         steps_per_epoch: int,
         silence: float,
         note_pids: Callable[[dict[str, int]], None],
+        begun: Callable[[], None],
     ) -> None:
-        """A coordinator that says nothing for ``silence`` seconds is ended and replaced."""
+        """A coordinator that says nothing for ``silence`` seconds is ended and replaced.
+
+        ``begun`` is called when the first steps are done: the job and the plan do fit the run.
+        """
         self._engine = engine
         self._spec = spec
         self._display = display
@@ -45,6 +49,8 @@ class Launcher:
         self._silence = silence
         self._heard = 0.0
         self._note_pids = note_pids
+        self._pids: dict[str, int] = {}
+        self._begun: Callable[[], None] | None = begun
         self._decode = m.Decoder(m.ToLauncher)
         self._alive: dict[str, int] = {}
         self._dead: dict[str, int] = {}
@@ -75,15 +81,16 @@ class Launcher:
             selector.register(self._engine, selectors.EVENT_READ)
             if self._coordinator is not None:
                 selector.register(self._coordinator, selectors.EVENT_READ)
-            for key, _ in selector.select(0.1):
-                if key.fileobj is self._engine:
-                    for gone in self._engine.gone():
-                        self._ended(gone)
-                    self._note_pids(self._engine.pids)
-                elif key.fileobj is self._coordinator and (message := self._hear()) is not None:
-                    if isinstance(message, m.Ended):
-                        return message
-                    self._obey(message)
+            readable = [key.fileobj for key, _ in selector.select(0.1)]
+        for gone in self._engine.gone():
+            self._ended(gone)
+        if (pids := self._engine.pids) != self._pids:
+            self._pids = dict(pids)
+            self._note_pids(self._pids)
+        if self._coordinator in readable and (message := self._hear()) is not None:
+            if isinstance(message, m.Ended):
+                return message
+            self._obey(message)
         if self._coordinator is not None and time.monotonic() - self._heard > self._silence:
             self._display.notice("the coordinator is not heard from")
             self._give_up_coordinator()
@@ -108,6 +115,9 @@ class Launcher:
                 self._engine.kill(role, incarnation)
             case m.Progress():
                 self._coordinator_deaths = 0
+                if self._begun is not None:
+                    self._begun()
+                    self._begun = None
                 epoch = (message.step - 1) // self._steps_per_epoch
                 self._display.step(
                     message.step, epoch=epoch, loss=message.loss, samples_per_second=message.samples_per_second

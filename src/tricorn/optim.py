@@ -1,8 +1,8 @@
 """Optimizers as declared values: what a job says, and the update that any role can run on flat tensors.
 
 A declaration holds numbers only, so it can cross a socket and run on a parameter server. ``update`` works in
-place on flat tensors with PyTorch's fused kernels and equals the fused ``torch.optim`` class of the same name
-bit for bit. No ``torch.optim`` object is built: its constructor imports ``torch._dynamo``, two seconds of
+place on flat tensors with PyTorch's fused kernels and equals the fused ``torch.optim`` class of the same name, where
+there is one, bit for bit. No ``torch.optim`` object is built: its constructor imports ``torch._dynamo``, two seconds of
 start-up (docs/decisions/0002-own-optimizer-steps.md).
 
 Every ``update(param, grad, slots, step=, lr=)`` takes flat tensors of one length, dtype and device; ``slots``
@@ -29,6 +29,11 @@ class _Declared(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", for
 
     ranges: ClassVar[tuple[_Range, ...]] = (("lr", 0.0, float("inf")),)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether to update only the rows that have a gradient comes to the same as to update all."""
+        return False
+
     def mistakes(self) -> list[tuple[str, str, str]]:
         """(field, given, what would do) for each impossible number."""
         found = []
@@ -51,6 +56,10 @@ class SGD(_Declared, frozen=True, kw_only=True, tag="sgd"):
     @property
     def slots(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
+
+    @property
+    def by_rows(self) -> bool:
+        return not self.momentum and not self.weight_decay
 
     def mistakes(self) -> list[tuple[str, str, str]]:
         found = super().mistakes()
@@ -83,6 +92,10 @@ class Adagrad(_Declared, frozen=True, kw_only=True, tag="adagrad"):
     @property
     def slots(self) -> tuple[str, ...]:
         return ("sum",)
+
+    @property
+    def by_rows(self) -> bool:
+        return not self.weight_decay
 
     def update(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], *, step: int, lr: float) -> None:
         if self.weight_decay:
@@ -144,4 +157,53 @@ class AdamW(Adam, frozen=True, kw_only=True, tag="adamw"):
         self._apply(torch._fused_adamw_, param, grad, slots, step, lr)
 
 
-Optimizer = SGD | Adagrad | Adam | AdamW
+class FTRL(_Declared, frozen=True, kw_only=True, tag="ftrl"):
+    """FTRL-Proximal (McMahan et al. 2013, algorithm 1), for sparse models: ``l1`` makes weights exactly zero.
+
+    ``lr`` is the paper's alpha, and the slot ``z`` is alpha times the paper's, so that a schedule changes the rate of
+    new gradients and not the weights that there are. A weight follows from its slots, which know nothing of what it
+    was at first: give such tables ``std=0``.
+    """
+
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+    ranges: ClassVar[tuple[_Range, ...]] = (
+        *_Declared.ranges, ("beta", 1e-12, 1e9), ("l1", 0.0, 1e9), ("l2", 0.0, 1e9),
+    )  # fmt: skip
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("z", "n")
+
+    def update(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], *, step: int, lr: float) -> None:
+        z, n = slots["z"], slots["n"]
+        before = n.sqrt()
+        root = n.addcmul_(grad, grad).sqrt()
+        z.add_(grad, alpha=lr).addcmul_(root - before, param, value=-1)
+        beyond = z.abs().sub_(lr * self.l1).clamp_(min=0)
+        param.copy_(beyond.mul_(z.sign()).neg_().div_(root.add_(self.beta + lr * self.l2)))
+
+
+class RowwiseAdagrad(_Declared, frozen=True, kw_only=True, tag="rowwise_adagrad"):
+    """Adagrad with one accumulator for a row, of the mean of its squared gradients: a state of 1/dim of the size.
+
+    For tables only: a row of a dense parameter means nothing in particular.
+    """
+
+    eps: float = 1e-10
+
+    ranges: ClassVar[tuple[_Range, ...]] = (*_Declared.ranges, ("eps", 0.0, 1e9))
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("sum",)
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+
+Optimizer = SGD | Adagrad | Adam | AdamW | FTRL
+RowOptimizer = Optimizer | RowwiseAdagrad

@@ -26,10 +26,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     measured speed. ``microbatches``: the parts of a batch that a pipeline works on in turn, or whose gradients a
     data parallel worker adds up one after another; ``None`` lets Tricorn choose.
 
-    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1 lets
-    each worker make that many updates by itself before they meet, by plain ``average`` or by an ``outer`` step with
-    Nesterov's momentum (DiLoCo). ``threads`` is the number of compute threads of each worker; ``None`` divides the
-    machine's cores among them.
+    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1
+    lets each data parallel worker make that many updates by itself before they meet, by plain ``average`` or by an
+    ``outer`` step with Nesterov's momentum (DiLoCo). ``threads`` is the number of compute threads of each worker;
+    ``None`` divides the machine's cores among them.
     """
 
     strategy: StrategyName
@@ -102,7 +102,7 @@ class Options(TypedDict, total=False):
 
 _ONLY: dict[str, tuple[StrategyName, ...]] = {
     "sparse_consistency": ("ps",), "stale": ("ps",), "zero": ("dp",), "balance": ("dp",),
-    "compress": ("ps", "dp"), "local_steps": ("ps", "dp"), "outer": ("ps", "dp"),
+    "compress": ("ps", "dp"), "local_steps": ("dp",), "outer": ("dp",),
 }  # fmt: skip
 
 

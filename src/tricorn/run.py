@@ -28,6 +28,7 @@ from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
 from tricorn.job import Job
 from tricorn.launcher import Launcher
 from tricorn.plan import Options, Plan
+from tricorn.ps import caution
 from tricorn.report.progress import Progress, progress
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def train(
     runs: str | Path = "runs",
     checkpoint_every: str | int = "30s",
     heartbeat_timeout: float = 10.0,
+    engine: Callable[[Job | tuple[str, str]], Engine] = LocalEngine,
     **options: Unpack[Options],
 ) -> Result:
     """Train the job on this machine's processes and return the trained model and its history.
 
     ``options`` are the fields of ``Plan``, as of ``tricorn train``; a whole ``plan`` may be given instead. ``resume``
-    names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``.
+    names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``. ``engine`` says
+    where roles run, instead of on this machine: see ``tricorn.engine.hosts.on_hosts``.
 
     Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
     Ctrl-C, when the run can be resumed.
@@ -84,7 +87,7 @@ def train(
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     folder = folders.find(resume, Path(runs)) if resume is not None else None
     timing = timing_of(checkpoint_every, heartbeat_timeout)
-    summary, folder = execute(LocalEngine, job, plan, timing, runs=Path(runs), folder=folder)
+    summary, folder = execute(engine, job, plan, timing, runs=Path(runs), folder=folder)
     return Result(job, folder, summary)
 
 
@@ -112,6 +115,12 @@ def execute(
         engine = engine_type(job)
         try:
             facts, coordinator = engine.load(plan)
+            if folder is not None and (summary := folders.finished(folder, facts)) is not None:
+                display.notice("the run is complete; there is nothing left to do")
+                display.finished(summary)
+                return summary, folder
+            if notice := caution(facts.optimizer, plan):
+                display.notice(notice)
             folder = folder or folders.create(runs, facts, plan)
             with folders.held(folder):
                 launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
@@ -161,10 +170,14 @@ def _launcher(
         with contextlib.suppress(OSError):  # it is for whoever looks; a full disk is told where something is lost
             folders.write_json(folder / "roles.json", pids)
 
-    done = folders.prepare(folder, job, plan)
-    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs, step=done)
+    def begun() -> None:
+        with contextlib.suppress(OSError):
+            folders.say(folder, job, plan)
+
+    folders.prepare(folder, job, plan)
+    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
     silence = 3 * timing.heartbeat_timeout  # the hashes of a large checkpoint take their time
-    return Launcher(engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids)
+    return Launcher(engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids, begun=begun)
 
 
 def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,12 +40,17 @@ class Wishes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What all workers agree a step was: sums over the global batch."""
+    """What all workers agree a step was: sums over the global batch.
+
+    Workers that make several steps before they meet agree on the last only: its sums are over all steps since the
+    one agreed before. Steps in between say ``agreed=False`` and speak of this worker alone.
+    """
 
     loss_sum: float  # loss times count, summed over the batch
     count: int
     samples: int
     wishes: Wishes
+    agreed: bool = True
 
     @classmethod
     def of(cls, status: Sequence[float]) -> Outcome:
@@ -72,6 +77,10 @@ def even_share(samples: int, rank: int, workers: int) -> tuple[int, int]:
     return samples * rank // workers, samples * (rank + 1) // workers
 
 
+def _unheard(step: int, what: str, values: dict[str, float]) -> None:
+    """Nobody wants to know."""
+
+
 class Context(NamedTuple):
     """What every trainer is built from."""
 
@@ -81,6 +90,7 @@ class Context(NamedTuple):
     incarnation: int
     secret: bytes
     listener: PeerListener  # where peers connect; its address is what Seat.workers tells the others
+    measured: Callable[[int, str, dict[str, float]], None] = _unheard  # (step, what, values) for the run's metrics
 
 
 class Trainer(Protocol):
@@ -135,6 +145,16 @@ class LeasedTrainer(Trainer, Protocol):
 
     def idle(self) -> None:
         """Say that this worker waits for work, so that no bound on staleness waits for it."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A trainer that gains by knowing the next batch before it runs this one."""
+
+    foresees: bool  # whether it does in this plan
+
+    def foresee(self, step: int, batch: Batch) -> None:
+        """That step comes after the next call of ``step``, unless a new membership epoch comes between."""
 
 
 class Strategy(Protocol):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from tricorn.optim import Optimizer
+from tricorn.optim import RowOptimizer
 
 # An embedding that the job does not speak of is a table from here on, if rows and whole weights come to the same.
 LARGE = 1 << 20  # elements
@@ -27,7 +27,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     std: float = 1.0
-    optimizer: Optimizer | None = None
+    optimizer: RowOptimizer | None = None
     admit: int = 1
     max_rows: int | None = None
     ttl: int | None = None

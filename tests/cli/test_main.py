@@ -7,11 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from tricorn import __version__
+
 TRICORN = Path(sys.executable).with_name("tricorn")
 
 
 def tricorn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([TRICORN, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_the_version(tmp_path):
+    assert tricorn("--version", cwd=tmp_path).stdout.strip() == __version__
+
+
+def test_an_error_is_told_as_json_too(tmp_path):
+    done = tricorn("train", "nowhere.py", "--json", cwd=tmp_path)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, said["exit_code"], said["kind"]) == (2, 2, "UsageError")
+    assert "nowhere.py" in said["error"]
+    assert said["what_to_do"]
 
 
 def test_every_verb_is_listed(tmp_path):

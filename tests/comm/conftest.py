@@ -14,18 +14,25 @@ from tricorn.comm.listener import PeerListener
 SECRET = b"s" * 32
 
 
+# The host of each rank: all on hosts of their own, all on one, or spread over two.
+LAYOUTS = {"apart": [0, 1, 2, 3], "together": [0, 0, 0, 0], "spread": [0, 1, 0, 0]}
+
+
 class Mesh:
     """Every rank of one group, each with a thread of its own."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, name: str) -> None:
+        self.name, layout = name, LAYOUTS[name]
+        self.hosts = [[rank for rank in range(size) if layout[rank] == host] for host in range(size)]
         self.listeners = [PeerListener(SECRET) for _ in range(size)]
         self.pool = ThreadPoolExecutor(size, thread_name_prefix="rank")
         addresses = [listener.address for listener in self.listeners]
 
         def join(rank: int) -> Group:
             return Group(
-                rank=rank, addresses=addresses, listener=self.listeners[rank], secret=SECRET, epoch=1, channel="test"
-            )
+                rank=rank, addresses=addresses, listener=self.listeners[rank], secret=SECRET, epoch=1, channel="test",
+                host=str(layout[rank]),
+            )  # fmt: skip
 
         self.groups = [future.result(10) for future in [self.pool.submit(join, rank) for rank in range(size)]]
 
@@ -44,14 +51,14 @@ class Mesh:
         self.pool.shutdown()
 
 
-@pytest.fixture
-def mesh() -> Iterator[Callable[[int], Mesh]]:
-    """The mesh of so many ranks, the same whenever a test asks for it again."""
+@pytest.fixture(params=LAYOUTS)
+def mesh(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Mesh]]:
+    """The mesh of so many ranks, the same whenever a test asks for it again; over each kind of transport."""
     made: dict[int, Mesh] = {}
 
     def of(size: int) -> Mesh:
         if size not in made:
-            made[size] = Mesh(size)
+            made[size] = Mesh(size, request.param)
         return made[size]
 
     yield of

@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tricorn.comm.group import SMALL, Group
+from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
+from tricorn.comm.mesh import SMALL
 from tricorn.errors import PeerLost
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -22,6 +23,20 @@ SHAPES = st.one_of(st.just(()), LENGTHS.map(lambda n: (n,)), st.tuples(LENGTHS, 
 def contribution(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed * 10 + rank)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * 1000).to(dtype)
+
+
+def total(given_: list[torch.Tensor], hosts: list[list[int]]) -> torch.Tensor:
+    """The sum in rank order within each host, then over hosts."""
+    return in_order([in_order([given_[rank] for rank in ranks]) for ranks in hosts if ranks])
+
+
+def in_order(given_: list[torch.Tensor]) -> torch.Tensor:
+    """The sum; of half precision in float32, rounded once."""
+    dtype = given_[0].dtype
+    expected = given_[0].float() if dtype is torch.bfloat16 else given_[0].clone()
+    for tensor in given_[1:]:
+        expected += tensor
+    return expected.to(dtype)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -43,9 +58,7 @@ def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(mesh, size, shape, dt
             group.all_reduce_now(tensor)
         return tensor
 
-    expected = given_[0].clone()
-    for tensor in given_[1:]:
-        expected += tensor
+    expected = total(given_, mesh(size).hosts)
     for result in mesh(size).each(sum_up):
         assert torch.equal(result, expected)
     exact = torch.stack([t.double() for t in given_]).sum(0)
@@ -66,6 +79,53 @@ def test_queued_sums_come_in_order_and_before_one_asked_for_now(mesh):
 
     expected = [3.0 * n + 3 for n in (1, 20_000, 3, 100_000, 5)] + [3.0]
     assert mesh(3).each(run) == [expected] * 3
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000), data=st.data())
+def test_each_rank_gets_the_sum_of_its_part_and_then_all_get_all_parts(mesh, size, dtype, seed, data):
+    length = data.draw(LENGTHS)
+    bounds = [0, *sorted(data.draw(st.integers(0, length)) for _ in range(size - 1)), length]
+    given_ = [contribution(rank, (length,), dtype, seed) for rank in range(size)]
+
+    def run(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = given_[group.rank].clone()
+        group.reduce_scatter(flat, bounds).wait()
+        part = flat[bounds[group.rank] : bounds[group.rank + 1]].clone()
+        group.all_gather(flat, bounds).wait()
+        return part, flat
+
+    expected = total(given_, mesh(size).hosts)
+    for rank, (part, flat) in enumerate(mesh(size).each(run)):
+        assert torch.equal(part, expected[bounds[rank] : bounds[rank + 1]])
+        assert torch.equal(flat, expected)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 6, 5, 10], [0, 5, 9], [1, 5, 10]])
+def test_bounds_that_are_no_cuts_of_the_tensor(mesh, bounds):
+    group = mesh(2).groups[0]
+    for operation in (group.reduce_scatter, group.all_gather):
+        with pytest.raises(ValueError, match="not 3 ascending cuts of 10 elements"):
+            operation(torch.zeros(10), bounds)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_all_to_all_carries_a_size_of_its_own_from_each_to_each(mesh, size):
+    def parcel(source: int, target: int) -> torch.Tensor:
+        return torch.full((40_000 * source + 7 * target,), 16 * source + target, dtype=torch.uint8)
+
+    def run(group: Group) -> bool:
+        sends = [parcel(group.rank, peer) for peer in range(size)]
+        receives = [torch.empty_like(parcel(peer, group.rank)) for peer in range(size)]
+        group.all_to_all(sends, receives).wait()
+        return all(torch.equal(got, parcel(peer, group.rank)) for peer, got in enumerate(receives))
+
+    assert mesh(size).each(run) == [True] * size
+
+
+def test_all_to_all_needs_one_of_each_for_every_rank(mesh):
+    with pytest.raises(ValueError, match="1 to send and 2 to receive, in a group of 2"):
+        mesh(2).groups[0].all_to_all([torch.zeros(1)], [torch.zeros(1)] * 2)
 
 
 @pytest.mark.parametrize("source", [0, 1, 2])
@@ -114,8 +174,8 @@ def test_a_message_that_nobody_reads_yet_does_not_hold_up_a_collective(mesh):
     assert mesh(2).each(run) == [2.0, 2.0]
 
 
-def test_bytes_sent_is_the_exact_payload(mesh):
-    def run(group: Group) -> int:
+def test_bytes_sent_is_the_exact_payload_by_whatever_way(mesh):
+    def run(group: Group) -> tuple[int, int]:
         group.all_reduce_now(torch.zeros(100))  # 400 bytes to each of 2
         group.all_reduce_now(torch.zeros(30_000))  # 80,000 bytes of other ranks' chunks, then the own to each of 2
         group.broadcast(torch.zeros(10, dtype=torch.float64), 2)  # 80 bytes to each of 2, from rank 2
@@ -123,10 +183,17 @@ def test_bytes_sent_is_the_exact_payload(mesh):
             group.send(torch.zeros(7, dtype=torch.bfloat16), 1).wait()
         if group.rank == 1:
             group.receive(torch.zeros(7, dtype=torch.bfloat16), 0)
-        return group.bytes_sent
+        return group.bytes_sent, group.bytes_between
 
     sums = 800 + 80_000 + 80_000
-    assert mesh(3).each(run) == [sums + 14, sums, sums + 160]
+    expected = {
+        "apart": [(sums + 14, sums + 14), (sums, sums), (sums + 160, sums + 160)],
+        "together": [(sums + 14, 0), (sums, 0), (sums + 160, 0)],
+        # Rank 2 is with rank 0, which sends to rank 1, then gives the sums to rank 2.
+        "spread": [(3 * 120_400 + 80 + 14, 120_400 + 80 + 14), (120_400, 120_400), (120_400 + 80, 0)],
+    }
+    made = mesh(3)
+    assert made.each(run) == expected[made.name]
 
 
 def test_barrier_lets_nobody_pass_before_the_last_has_come(mesh):

@@ -43,12 +43,14 @@ def broadcast(group: Group) -> None:
     group.broadcast(torch.ones(500_000), group.size - 1)
 
 
-def role(rank: int, size: int, work: Callable[[Group], None], rounds: int | None, pipe: Connection) -> None:
+def role(rank: int, host: str, work: Callable[[Group], None], rounds: int | None, pipe: Connection) -> None:
     """Work until a peer is lost; after ``rounds`` rounds, stop taking part."""
     torch.set_num_threads(1)
     listener = PeerListener(SECRET)
     pipe.send(listener.address)
-    group = Group(rank=rank, addresses=pipe.recv(), listener=listener, secret=SECRET, epoch=1, channel="test")
+    group = Group(
+        rank=rank, addresses=pipe.recv(), listener=listener, secret=SECRET, epoch=1, channel="test", host=host
+    )
     done = 0
     try:
         while done != rounds:
@@ -64,13 +66,17 @@ def role(rank: int, size: int, work: Callable[[Group], None], rounds: int | None
     listener.close()
 
 
-def last_words_after_a_kill(size: int, victim: int, work: Callable[[Group], None], rounds: int | None) -> list[str]:
-    """What each survivor says within PROMPT seconds of the kill of the victim, who works ``rounds`` rounds."""
+def last_words_after_a_kill(hosts: str, victim: int, work: Callable[[Group], None], rounds: int | None) -> list[str]:
+    """What each survivor says within PROMPT seconds of the kill of the victim, who works ``rounds`` rounds.
+
+    ``hosts`` has a letter for the host of each rank.
+    """
+    size = len(hosts)
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(size)]
     processes = [
         context.Process(
-            target=role, args=(rank, size, work, rounds if rank == victim else None, pipes[rank][1]), daemon=True
+            target=role, args=(rank, hosts[rank], work, rounds if rank == victim else None, pipes[rank][1]), daemon=True
         )
         for rank in range(size)
     ]
@@ -103,12 +109,12 @@ def last_words_after_a_kill(size: int, victim: int, work: Callable[[Group], None
 
 
 @pytest.mark.parametrize("work", [small, large, queued, ring, broadcast])
-@pytest.mark.parametrize(("size", "victim"), [(3, 1), (4, 3)])
-def test_killed_in_the_midst_of_it(size, victim, work):
-    assert last_words_after_a_kill(size, victim, work, rounds=None) == ["lost"] * (size - 1)
+@pytest.mark.parametrize(("hosts", "victim"), [("aaa", 1), ("aaaa", 3), ("abcd", 3), ("aabb", 0), ("aabb", 3)])
+def test_killed_in_the_midst_of_it(hosts, victim, work):
+    assert last_words_after_a_kill(hosts, victim, work, rounds=None) == ["lost"] * (len(hosts) - 1)
 
 
 @pytest.mark.parametrize("work", [small, large, ring])
-@pytest.mark.parametrize(("size", "victim"), [(3, 0), (4, 2)])
-def test_killed_while_all_others_wait_for_it(size, victim, work):
-    assert last_words_after_a_kill(size, victim, work, rounds=5) == ["lost"] * (size - 1)
+@pytest.mark.parametrize(("hosts", "victim"), [("aaa", 0), ("aaaa", 2), ("abc", 0), ("aabb", 1)])
+def test_killed_while_all_others_wait_for_it(hosts, victim, work):
+    assert last_words_after_a_kill(hosts, victim, work, rounds=5) == ["lost"] * (len(hosts) - 1)

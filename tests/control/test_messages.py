@@ -24,6 +24,8 @@ def values(hint: Any) -> st.SearchStrategy:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is m.ShardName:
         return st.just("worker-0.safetensors")
+    if hint is m.MetricName:
+        return st.just("shares")
     if origin is Annotated:
         return st.integers(0, 65535) if hint is typing.get_args(m.Address)[1] else values(parts[0])
     if origin is list:
@@ -81,6 +83,13 @@ BEAT = {"type": "Heartbeat", "bytes_sent": 1}
         {"type": "Saved", "epoch": 1, "step": 1, "files": [{"name": "../x", "bytes": 1, "sha256": ""}]},
         {"type": "Ready", "epoch": 1, "part": None, "held": [], "address": ["h", 65536]},
         {"type": "Broken", "epoch": 1, "reason": "x" * (m.MAX_TEXT + 1)},
+        *(
+            {"type": "Measured", "epoch": 1, "step": 1, "what": "shares", "values": {}} | wrong
+            for wrong in (
+                {"what": "loss"}, {"what": "time"}, {"what": "Shares"}, {"what": "a" * 33}, {"what": "a\n"},
+                {"values": {str(i): 0.0 for i in range(257)}}, {"values": {"x" * 65: 0.0}}, {"values": {"x": "1"}},
+            )
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(document):

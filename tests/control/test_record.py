@@ -129,6 +129,17 @@ def test_the_metrics_are_one_json_object_a_line(record, clock, tmp_path):
     assert all(row["time"] > 1e9 for row in rows(tmp_path))
 
 
+def test_what_roles_measured_is_kept_up_to_a_bound(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_NOTES", 2)
+    for step in range(3):
+        record.note("worker-1", step, "shares", {"0": 0.25, "1": float("nan")})
+    record.flush()
+    assert [(row["step"], row["shares"], row["role"]) for row in rows(tmp_path)] == [
+        (step, {"0": 0.25, "1": None}, "worker-1") for step in range(2)
+    ]
+    assert history(tmp_path) == []
+
+
 def test_progress_is_shown_now_and_then_over_the_last_seconds(record, clock):
     record.begin(1, Intervals(), "the run begins")
     assert record.progress([0]) is None  # no loss yet
@@ -137,9 +148,19 @@ def test_progress_is_shown_now_and_then_over_the_last_seconds(record, clock):
     shown = record.progress([1])
     assert (shown.step, shown.loss, shown.samples_per_second) == (2, 0.5, 8.0)
     clock.advance(module.PROGRESS_SECONDS / 2)
-    assert record.progress([2]) is None
+    assert record.progress([1]) is None
     clock.advance(module.RATE_WINDOW)
-    assert record.progress([3, 4]).samples_per_second == pytest.approx(10 / module.RATE_WINDOW)
+    assert record.progress([3, 4]).samples_per_second == pytest.approx(12 / module.RATE_WINDOW)
+
+
+def test_each_end_of_an_epoch_is_shown_with_its_mean_loss(record, clock):
+    record.begin(1, Intervals(), "the run begins")
+    for step, loss in enumerate([1.0, 2.0, 6.0, 5.0]):
+        record.trace(step, loss)
+        shown = record.progress([step])
+        assert (shown is None) == (step in (1, 3))
+        if step == 2:
+            assert (shown.step, shown.loss) == (3, 3.0)
 
 
 def test_checkpoints(record, tmp_path):

@@ -334,7 +334,7 @@ def reports(epoch: int) -> list[m.Message]:
         m.Committed(epoch=epoch, upto=3, losses=[1.0]),
         m.Want(epoch=epoch, steps=1),
         m.Applied(epoch=epoch, steps=[1]),
-        m.Trained(epoch=epoch, step=1, loss=0.5),
+        m.Trained(epoch=epoch, steps=[1], losses=[0.5]),
         m.Evaluated(epoch=epoch, step=3, samples=1, sums={"loss": (1.0, 1.0)}),
         m.Saved(epoch=epoch, step=1, files=[m.File(name="worker-1.safetensors", bytes=1, sha256="")]),
         m.Broken(epoch=epoch, reason="gone"),
@@ -433,7 +433,7 @@ SENSELESS = [
     m.Saved(epoch=1, step=2**53 - 1, files=[]),
     m.Evaluated(epoch=1, step=STEPS + 1, samples=1, sums={}),
     m.Applied(epoch=1, steps=[2**53 - 1]),
-    m.Trained(epoch=1, step=1, loss=0.0),
+    m.Trained(epoch=1, steps=[1], losses=[0.0]),
     m.Want(epoch=1, steps=1),
 ]
 

@@ -333,5 +333,5 @@ class Servers(World):
             if step not in server.history:
                 server.history.append(step)
                 server.outbox.append(m.Applied(epoch=server.epoch, steps=[step]))
-        role.outbox.append(m.Trained(epoch=role.epoch, step=step, loss=0.0))
+        role.outbox.append(m.Trained(epoch=role.epoch, steps=[step], losses=[0.0]))
         role.outbox.append(m.Want(epoch=role.epoch, steps=1))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
-from tricorn.dp.replicate import ReplicaTrainer
+from tricorn.dp import strategy
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.state.flat import build_model, call_model
@@ -29,24 +30,25 @@ def batches(job: Job) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 class Crew:
     """The workers of a run, each with a thread of its own."""
 
-    def __init__(self, job: Job, workers: int) -> None:
+    def __init__(self, job: Job, workers: int, **options: Any) -> None:
+        """``options`` are further fields of the plan."""
         self.job = job
-        self.plan = Plan(strategy="dp", workers=workers)
+        self.plan = Plan(strategy="dp", workers=workers, **options)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
         self.epoch = 0
         self.listeners = [PeerListener(SECRET) for _ in range(workers)]
         # One after another: building a model draws from the generator that all threads share.
         self.trainers = [self.hire(rank) for rank in range(workers)]
 
-    def hire(self, rank: int) -> ReplicaTrainer:
-        return ReplicaTrainer(Context(self.job, self.plan, rank, 1, SECRET, self.listeners[rank]))
+    def hire(self, rank: int) -> Any:
+        return strategy.trainer(Context(self.job, self.plan, rank, 1, SECRET, self.listeners[rank]))
 
     def replace(self, rank: int) -> None:
         """The worker of that rank dies, and a new one takes its place."""
         self.trainers[rank].close()
         self.trainers[rank] = self.hire(rank)
 
-    def each(self, function: Callable[[int, ReplicaTrainer], Any]) -> list[Any]:
+    def each(self, function: Callable[[int, Any], Any]) -> list[Any]:
         """What the function of (rank, trainer) returns or raises for each worker, all called at once."""
         futures = [self.pool.submit(function, rank, trainer) for rank, trainer in enumerate(self.trainers)]
         return [future.exception(30) or future.result() for future in futures]
@@ -60,7 +62,7 @@ class Crew:
     def step(self, step: int, inputs: torch.Tensor, target: torch.Tensor, **wishes: int) -> list[Any]:
         """The outcome, or the error, of one global batch for each worker; the wishes are those of rank 0."""
 
-        def run(rank: int, trainer: ReplicaTrainer) -> Outcome:
+        def run(rank: int, trainer: Any) -> Outcome:
             batch = cut(self.job, inputs, target, *trainer.share(len(target)))
             return trainer.step(step, batch, len(target), Wishes(**wishes) if rank == 0 else Wishes())
 
@@ -142,12 +144,18 @@ def plain_loop() -> Callable[..., tuple[dict[str, torch.Tensor], list[float]]]:
 
 
 @pytest.fixture
+def apart(monkeypatch) -> None:
+    """Workers see no memory of each other's, as if they were on different hosts."""
+    monkeypatch.setattr(Group, "expose", lambda *_: None)
+
+
+@pytest.fixture
 def crew() -> Iterator[Callable[[Job, int], Crew]]:
     """Builds the workers of a run."""
     made: list[Crew] = []
 
-    def make(job: Job, workers: int) -> Crew:
-        made.append(Crew(job, workers))
+    def make(job: Job, workers: int, **options: Any) -> Crew:
+        made.append(Crew(job, workers, **options))
         return made[-1]
 
     yield make

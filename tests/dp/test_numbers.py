@@ -77,10 +77,11 @@ def language_job(**fields) -> Job:
     )
 
 
-@pytest.fixture(params=["few buckets", "many buckets"])
-def bucket_size(request, monkeypatch) -> None:
+@pytest.fixture(params=["shared memory", "few buckets", "many buckets"])
+def way(request, monkeypatch) -> None:
+    if request.param != "shared memory":
+        request.getfixturevalue("apart")
     if request.param == "many buckets":
-        monkeypatch.setattr(buckets, "FIRST_BYTES", 1)
         monkeypatch.setattr(buckets, "BUCKET_BYTES", 300)
 
 
@@ -113,7 +114,7 @@ def test_clip_norm_and_schedule(crew, plain_loop, name, workers):
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_counted_tokens_tied_frozen_and_unused_weights(crew, plain_loop, bucket_size, name, workers):
+def test_counted_tokens_tied_frozen_and_unused_weights(crew, plain_loop, way, name, workers):
     declared, made = OPTIMIZERS[name]
     this = language_job(optimizer=declared, precision="float64")
     expected, losses = plain_loop(this, made)
@@ -124,7 +125,7 @@ def test_counted_tokens_tied_frozen_and_unused_weights(crew, plain_loop, bucket_
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
-def test_replicas_stay_equal_bit_for_bit(crew, bucket_size, workers):
+def test_replicas_stay_equal_bit_for_bit(crew, way, workers):
     team = crew(job(optimizer=OPTIMIZERS["adam"][0]), workers)
     team.join("initial")
     team.train()
@@ -145,7 +146,7 @@ class Branching(nn.Module):
         return torch.stack(rows)
 
 
-def test_ranks_that_use_different_parameters(crew, plain_loop, bucket_size):
+def test_ranks_that_use_different_parameters(crew, plain_loop, way):
     this = job(model=Branching, precision="float64", batch_size=3)
     expected, _ = plain_loop(this, OPTIMIZERS["sgd"][1])
     team = crew(this, 3)

@@ -157,7 +157,7 @@ def test_a_joining_that_fails_half_way_holds_nothing(crew, job, tmp_path):
     team = crew(job(), 2)
     team.join("initial")
     team.train(0, 2)
-    assert all("has no elements" in str(error) for error in team.join("checkpoint", 2, tmp_path))
+    assert all("has no param/" in str(error) for error in team.join("checkpoint", 2, tmp_path))
     assert [trainer.held() for trainer in team.trainers] == [None, None]
     team.join("initial")
     assert [trainer.held() for trainer in team.trainers] == [0, 0]

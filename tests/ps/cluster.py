@@ -164,6 +164,8 @@ class Cluster:
         return self.each(work)
 
     def weights(self, rank: int = 0) -> torch.Tensor:
+        """The newest dense weights of a worker."""
+        self.trainers[rank]._pull()
         return self.trainers[rank]._flat.weights_N.clone()
 
     def close(self) -> None:

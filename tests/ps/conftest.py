@@ -7,9 +7,24 @@ from typing import Any
 
 import pytest
 
+from tricorn.comm.sockets import Address
 from tricorn.job import Job
+from tricorn.ps.transport import Transport, dial
 
 from .cluster import Cluster
+
+
+@pytest.fixture(params=["shared", "tcp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How workers reach the servers of a cluster; without it they choose shared memory."""
+    kind: str = request.param
+    if kind == "tcp":
+        monkeypatch.setattr("tricorn.ps.client.dial", _by_tcp)
+    return kind
+
+
+def _by_tcp(address: Address, secret: bytes, claim: dict[str, Any], **_: Any) -> Transport:
+    return dial(address, secret, claim, share=False)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tricorn import optim
-from tricorn.comm.sockets import receive_exactly
 from tricorn.errors import Diverged
-from tricorn.ps.wire import HEADER, Header, Op, as_bytes, send
+from tricorn.ps.wire import Header, Op, as_bytes
 
 from .cluster import Cluster, batches, distance, make_job, plain, step_of
 
 Build = Callable[..., Cluster]
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 @pytest.mark.parametrize("consistency", ["ssp", "asp"])
@@ -58,7 +58,7 @@ def test_staleness_is_versions_between_pull_and_push(cluster: Build) -> None:
     slow._pull()
     for step in range(3):
         step_of(fast, step, *batches(job)[step])
-    slow._client.push(3, slow._versions, slow._grads_N, lr=0.1)
+    slow._client.push(3, slow._versions, slow._grads_N, factor=1.0)
     assert run.servers[0].staleness() == {0: 3, 3: 1}
 
 
@@ -110,15 +110,13 @@ def test_large_payloads_both_ways_at_once(cluster: Build) -> None:
     run = cluster(job, workers=1, consistency="asp")
     run.join("initial")
     (trainer,) = run.trainers
-    (sock,) = trainer._client._sockets
-    sock.settimeout(10)
+    (transport,) = trainer._client._wire.servers
     gradient = as_bytes(trainer._grads_N)
-    send(sock, Header(Op.PULL))
-    send(sock, Header(Op.PUSH, step=0, numbers=(1.0,)), gradient)
-    reply = Header.unpack(receive_exactly(sock, HEADER.size))
-    assert (reply.op, reply.length) == (Op.WEIGHTS, len(gradient))
-    receive_exactly(sock, reply.length)
-    assert Header.unpack(receive_exactly(sock, HEADER.size)).op == Op.PUSHED
+    transport.send(Header(Op.PULL))
+    transport.send(Header(Op.PUSH, step=0, numbers=(1.0,)), [gradient])
+    assert transport.receive(Op.WEIGHTS).length == len(gradient)
+    transport.receive_into(as_bytes(trainer._weights_N))
+    assert transport.receive(Op.PUSHED).version == 1
 
 
 def test_unsent_weights_are_of_one_version(cluster: Build) -> None:
@@ -129,12 +127,12 @@ def test_unsent_weights_are_of_one_version(cluster: Build) -> None:
     run.join("initial")
     reader, writer = run.trainers
     before = run.weights()
-    send(reader._client._sockets[0], Header(Op.PULL))  # 9.6 MB, more than a socket holds, and not read yet
-    reader._client._sockets[0].recv(1)
+    (transport,) = reader._client._wire.servers
+    transport.send(Header(Op.PULL))
+    transport.receive(Op.WEIGHTS)  # of 9.6 MB, more than a socket holds, and not read yet
     writer._grads_N.fill_(1.0)
     for step in range(3):
-        writer._client.push(step, [0], writer._grads_N, lr=1.0)
-    rest = bytearray()
-    while len(rest) < 79 + before.numel() * 4:
-        rest += reader._client._sockets[0].recv(1 << 20)
-    assert torch.equal(torch.frombuffer(rest[79:], dtype=torch.float32), before)
+        writer._client.push(step, [0], writer._grads_N, factor=1.0)
+    after = torch.empty_like(before)
+    transport.receive_into(as_bytes(after))
+    assert torch.equal(after, before)

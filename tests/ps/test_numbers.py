@@ -18,6 +18,7 @@ from .cluster import Cluster, batches, distance, make_job, plain, step_of
 
 STEPS = 20
 Build = Callable[..., Cluster]
+pytestmark = pytest.mark.usefixtures("transport")
 SGD = (optim.SGD(lr=0.1, momentum=0.9), torch.optim.SGD, {"momentum": 0.9})
 ADAM = (optim.Adam(lr=1e-2), torch.optim.Adam, {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -71,7 +72,7 @@ class Table:
                 view = following
         assert next(self.talks[rank]) is not None  # the next header
 
-    def send(self, rank: int, header: Header, payload: memoryview | None = None) -> None:
+    def send(self, rank: int, header: Header, parts: Sequence[memoryview] = ()) -> None:
         self.replies[rank].append(Op(header.op))
 
     def before_update(self) -> None:
@@ -124,6 +125,27 @@ def test_ssp_makes_the_fast_wait_for_the_slow(freed_by: str) -> None:
     else:
         table.service.leave(1)
     assert table.again(0)
+
+
+def test_who_waits_after_a_push_changes_nothing_by_waiting() -> None:
+    """Or the server would ask the one who waits again and again, and never hear the one that is waited for."""
+    table = Table(2, "ssp")
+    table.create()
+    assert table.say(1, Header(Op.PULL))
+    assert table.say(0, Header(Op.PULL))
+    talk = table.service.converse(0)
+    for part in (Header(Op.PUSH_PULL, step=0, length=len(GRADIENT)).pack(), GRADIENT):
+        view = next(talk)
+        assert view is not None
+        view[:] = part
+    assert next(talk) is None
+    assert table.service.changed  # the push
+    table.service.changed = False
+    assert next(talk) is None
+    assert not table.service.changed
+    assert table.say(1, Header(Op.PUSH, step=1), GRADIENT)
+    assert next(talk) is not None
+    assert table.replies[0][-1] == Op.WEIGHTS
 
 
 @settings(deadline=None)

@@ -64,12 +64,6 @@ def test_an_epoch_without_evaluation_has_its_line_too() -> None:
     ]
 
 
-def test_a_resumed_run_says_from_where() -> None:
-    stream = io.StringIO()
-    Progress(stream).started(Plan(strategy="dp", workers=1), total_steps=2000, epochs=2, step=1500)
-    assert stream.getvalue() == "dp with 1 worker: 2,000 steps, going on from step 1,500\n"
-
-
 def test_a_notice_is_told_at_once() -> None:
     stream = io.StringIO()
     Progress(stream).notice("worker-1 was lost at step 7; the others go on")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tricorn.errors import CheckpointDamaged, UsageError
+from tricorn.errors import UsageError
 from tricorn.optim import SGD, Adam
 from tricorn.state.flat import FlatState, flat_pieces, layout
 from tricorn.state.shards import CheckpointReader, write_shard
@@ -125,7 +125,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write_shard(
         tmp_path, "a.safetensors", [piece for piece in saved.pieces() if piece.key != "optim/exp_avg/last.weight"]
     )
-    with pytest.raises(CheckpointDamaged, match=r"has no elements 0 to 10 of optim/exp_avg/last\.weight"):
+    with pytest.raises(UsageError, match=r"has no optim/exp_avg/last\.weight"):
         state_of(2).load(CheckpointReader(tmp_path, 3))
 
 

@@ -17,6 +17,8 @@ WORKERS, SERVERS = ["worker-0", "worker-1"], ["server-0", "server-1"]
 CASES = {
     "dp": (["--strategy", "dp", "--workers", "2"], [*WORKERS, "coordinator"]),
     "dp x 3": (["--strategy", "dp", "--workers", "3"], [*WORKERS, "worker-2", "coordinator"]),
+    "dp zero 3": (["--strategy", "dp", "--workers", "2", "--zero", "3"], [*WORKERS, "coordinator"]),
+    "dp balance": (["--strategy", "dp", "--workers", "2", "--balance"], [*WORKERS, "coordinator"]),
     "mp": (["--strategy", "mp", "--workers", "2"], [*WORKERS, "coordinator"]),
     "ps bsp": (PS, [*WORKERS, *SERVERS, "coordinator"]),
     "ps ssp": ([*PS, "--consistency", "ssp"], [*WORKERS, *SERVERS, "coordinator"]),

@@ -33,6 +33,23 @@ def test_train_returns_the_model_and_its_history(tmp_path, strategy):
     assert len([row for row in result.history if "evaluation" in row]) == 12
     more = tricorn.train(make_job(epochs=14), strategy="dp", threads=1, runs=tmp_path, resume=result.folder)
     assert more.summary["steps"] == 84
+    assert tricorn.train(make_job(epochs=14), runs=tmp_path, resume=result.folder).summary == more.summary
+
+
+def test_a_resume_with_another_model_leaves_the_run_as_it_was(tmp_path):
+    result = tricorn.train(make_job(epochs=1), threads=1, runs=tmp_path)
+    said = (result.folder / "job.json").read_bytes()
+    other = make_job(epochs=2, model=lambda: nn.Linear(4, 2))
+    with pytest.raises(tricorn.errors.UsageError):
+        tricorn.train(other, threads=1, runs=tmp_path, resume=result.folder)
+    assert (result.folder / "job.json").read_bytes() == said
+
+
+def test_options_of_a_plan_are_checked(tmp_path):
+    with pytest.raises(tricorn.errors.PlanError, match="workres"):
+        tricorn.train(make_job(), workres=3, runs=tmp_path)
+    with pytest.raises(tricorn.errors.UsageError, match="workers beside it"):
+        tricorn.train(make_job(), plan=tricorn.Plan(strategy="dp"), workers=3, runs=tmp_path)
 
 
 def test_an_error_of_the_job_is_raised(tmp_path):

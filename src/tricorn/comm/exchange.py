@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Sequence
 
 from tricorn.errors import PeerLost
@@ -16,12 +17,13 @@ Transfer = tuple[socket.socket, memoryview]
 TRIES = 30
 
 
-def exchange(sends: Sequence[Transfer], receives: Sequence[Transfer]) -> None:
+def exchange(sends: Sequence[Transfer], receives: Sequence[Transfer], timeout: float | None = None) -> None:
     """Send every view of bytes and fill every view of bytes; each list names a socket at most once.
 
-    Waits as long as it takes: shutting a socket down, from either end, is what ends it. Raises PeerLost when a
-    connection that still has bytes to carry has ended.
+    Waits as long as it takes unless told otherwise: shutting a socket down, from either end, is what ends it. Raises
+    PeerLost when a connection that still has bytes to carry has ended, or after ``timeout`` seconds.
     """
+    until = None if timeout is None else time.monotonic() + timeout
     outgoing, incoming = [*sends], [*receives]
     try:
         tries = 0
@@ -31,7 +33,7 @@ def exchange(sends: Sequence[Transfer], receives: Sequence[Transfer]) -> None:
             if not outgoing and not incoming:
                 return
             if (tries := tries + 1) > TRIES:
-                _wait(outgoing, incoming)
+                _wait(outgoing, incoming, until)
     except OSError as error:
         raise PeerLost(f"the connection to a peer broke: {error}") from None
 
@@ -59,7 +61,7 @@ def _receive(sock: socket.socket, view: memoryview) -> memoryview:
     return view
 
 
-def _wait(outgoing: Sequence[Transfer], incoming: Sequence[Transfer]) -> None:
+def _wait(outgoing: Sequence[Transfer], incoming: Sequence[Transfer], until: float | None) -> None:
     events: dict[int, int] = {}
     for transfers, event in ((outgoing, select.POLLOUT), (incoming, select.POLLIN)):
         for sock, _ in transfers:
@@ -67,4 +69,6 @@ def _wait(outgoing: Sequence[Transfer], incoming: Sequence[Transfer]) -> None:
     poll = select.poll()
     for descriptor, event in events.items():
         poll.register(descriptor, event)
-    poll.poll()
+    patience = None if until is None else max(0.0, until - time.monotonic()) * 1000
+    if not poll.poll(patience):
+        raise PeerLost("a peer does not answer")

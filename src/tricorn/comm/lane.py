@@ -6,6 +6,13 @@ import queue
 import threading
 from collections.abc import Callable
 
+_thread = threading.local()
+
+
+def aside() -> bool:
+    """Whether the caller is in a lane, and so beside a thread that may well compute."""
+    return getattr(_thread, "in_lane", False)
+
 
 class Handle:
     """Something under way in a lane."""
@@ -71,6 +78,7 @@ class Lane:
             self._thread.join()
 
     def _serve(self) -> None:
+        _thread.in_lane = True
         while work := self._queue.get():
             handle, function = work
             handle.run(function)

@@ -47,6 +47,11 @@ class Peers:
         if group := self._group:
             group.interrupt()
 
+    def give_up(self) -> None:
+        """Fail the present group alone: the thread that trains may be told of the next epoch already."""
+        if self._group:
+            self._group.interrupt()
+
     def leave(self) -> None:
         if group := self._group:
             group.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from ssl import SSLContext, SSLError
 from typing import Any
 
 from tricorn.comm import auth
-from tricorn.errors import PeerLost
+from tricorn.errors import AuthenticationError, PeerLost
 
+_TLS = "Give the certificate that the server was started with, made out for the address that is dialled."
 HANDSHAKE_SECONDS = 5.0
 Address = tuple[str, int]
 
@@ -18,11 +20,24 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 
 
 def connect(
-    address: Address, secret: bytes, claim: dict[str, Any], *, timeout: float = HANDSHAKE_SECONDS
+    address: Address,
+    secret: bytes,
+    claim: dict[str, Any],
+    *,
+    timeout: float = HANDSHAKE_SECONDS,
+    tls: SSLContext | None = None,
 ) -> socket.socket:
-    """Dial and prove the secret. Raises PeerLost if nobody is there, AuthenticationError, ProtocolError."""
+    """Dial and prove the secret. Raises PeerLost if nobody is there, AuthenticationError, ProtocolError.
+
+    With ``tls`` the connection is encrypted, and the listener's certificate judged by it: AuthenticationError.
+    """
     try:
         sock = socket.create_connection(address, timeout=timeout)
+        if tls:
+            sock = tls.wrap_socket(sock, server_hostname=address[0])
+    except SSLError as error:
+        reason = f"who answers at {address[0]}:{address[1]} is not trusted: {error}"
+        raise AuthenticationError(reason, remedy=_TLS) from None
     except OSError as error:
         raise PeerLost(f"nobody answers at {address[0]}:{address[1]}: {error}") from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

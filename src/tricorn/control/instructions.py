@@ -60,9 +60,18 @@ class Trace(NamedTuple):
     loss: float
 
 
+class Note(NamedTuple):
+    """A line for metrics.jsonl of what a role measured."""
+
+    role: str
+    step: int
+    what: str
+    values: dict[str, float]
+
+
 class End(NamedTuple):
     outcome: str
     error: m.Failed | None
 
 
-Instruction = Send | Tell | BeginEpoch | Commit | Publish | Measured | Trace | End
+Instruction = Send | Tell | BeginEpoch | Commit | Publish | Measured | Trace | Note | End

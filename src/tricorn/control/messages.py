@@ -19,6 +19,11 @@ MAX_TEXT = 8000  # characters of one text of an error
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
 Text = Annotated[str, msgspec.Meta(max_length=2 * MAX_TEXT)]
 Address = tuple[Annotated[str, msgspec.Meta(max_length=255)], Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]]
+# A key of a line of metrics.jsonl beside those that the coordinator writes itself.
+MetricName = Annotated[
+    str, msgspec.Meta(pattern=r"^(?!(step|loss|evaluation|event|membership|role|time)\Z)[a-z][a-z0-9_]{0,31}\Z")
+]
+ValueName = Annotated[str, msgspec.Meta(max_length=64)]
 ShardName = Annotated[str, msgspec.Meta(pattern=r"^[a-z]+-[0-9]+\.safetensors\Z")]  # never a path
 
 
@@ -88,11 +93,11 @@ class Applied(Message, frozen=True, kw_only=True):
 
 
 class Trained(Message, frozen=True, kw_only=True):
-    """A leased worker's step: its mean loss."""
+    """What a leased worker has trained since it last said so: steps, and the mean loss of each."""
 
     epoch: Count
-    step: Count
-    loss: float
+    steps: list[Count]
+    losses: list[float]
 
 
 class Saved(Message, frozen=True, kw_only=True):
@@ -101,6 +106,15 @@ class Saved(Message, frozen=True, kw_only=True):
     epoch: Count
     step: Count
     files: list[File]
+
+
+class Measured(Message, frozen=True, kw_only=True):
+    """What a role measured at a step, worth a line ``{"step": step, what: values}`` of the run's metrics."""
+
+    epoch: Count
+    step: Count
+    what: MetricName
+    values: Annotated[dict[ValueName, float], msgspec.Meta(max_length=256)]
 
 
 class Broken(Message, frozen=True, kw_only=True):
@@ -249,7 +263,9 @@ class Ended(Message, frozen=True, kw_only=True):
     summary: dict[str, Any]
 
 
-Report = Ready | Heartbeat | Committed | Want | Applied | Trained | Evaluated | Saved | Broken | Failed | Finished
+Report = (
+    Ready | Heartbeat | Committed | Want | Applied | Trained | Evaluated | Saved | Measured | Broken | Failed | Finished
+)
 Order = Regroup | Begin | Wish | Lease | Evaluate | Save | Shutdown
 FromLauncher = Alive | Exited | Stop
 ToLauncher = Start | Kill | Pulse | Progress | Evaluation | Notice | Ended

@@ -16,8 +16,10 @@ def refuse_nonsense(role: str, message: m.Report, *, synchronous: bool, total_st
     match message:
         case m.Committed():
             allowed = synchronous and role == "worker-0" and len(message.losses) <= message.upto
-        case m.Want() | m.Trained():
+        case m.Want():
             allowed = not synchronous and kind == "worker"
+        case m.Trained():
+            allowed = not synchronous and kind == "worker" and len(message.losses) == len(message.steps)
         case m.Applied():
             allowed = kind == "server"
         case m.Saved():
@@ -33,11 +35,9 @@ def _bounds(message: m.Report, synchronous: bool) -> Iterator[int]:
     match message:
         case m.Committed():
             yield message.upto
-        case m.Saved() | m.Evaluated():
+        case m.Saved() | m.Evaluated() | m.Measured():
             yield message.step
-        case m.Trained():
-            yield message.step + 1
-        case m.Applied():
+        case m.Trained() | m.Applied():
             yield from (step + 1 for step in message.steps)
         case m.Ready():
             yield from (stop for _, stop in message.applied)

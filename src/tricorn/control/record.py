@@ -20,6 +20,7 @@ from tricorn.plan import Plan
 
 PROGRESS_SECONDS = 0.2
 _TAIL = 1 << 16  # bytes of metrics.jsonl among which the last loss is looked for
+_NOTES = 100_000  # lines of what roles measured: whoever tells more must not fill the disk
 RATE_WINDOW = 5.0  # seconds over which the shown samples a second are averaged
 
 
@@ -38,7 +39,9 @@ class Record:
         self._began: float | None = None
         self._before = len(self.ledger.committed())
         self._loss: float | None = self._last_loss()
+        self._epoch, self._epoch_losses = -1, (0.0, 0)  # of the epoch traced last: their sum, and how many
         self._shown = 0.0
+        self._notes = 0
         self._recent: deque[tuple[float, int]] = deque()
 
     def begin(self, epoch: int, committed: Intervals, event: str) -> None:
@@ -50,7 +53,7 @@ class Record:
         self._write({"event": event, "step": len(committed), "membership": epoch})
 
     def progress(self, steps: list[int]) -> Progress | None:
-        """Count committed steps; now and then, what to show of it."""
+        """Count committed steps; now and then, and at each end of an epoch, what to show of it."""
         now = time.monotonic()
         order = self._order
         samples = sum(
@@ -59,20 +62,32 @@ class Record:
         self._recent.append((now, samples))
         while now - self._recent[0][0] > RATE_WINDOW:
             self._recent.popleft()
-        if now - self._shown < PROGRESS_SECONDS or self._loss is None:
+        per_epoch = steps_per_epoch(order.samples, order.batch_size)
+        due = now - self._shown >= PROGRESS_SECONDS or any((step + 1) % per_epoch == 0 for step in steps)
+        total, count = self._epoch_losses
+        if not due or not count:
             return None
         self._shown = now
         elapsed = now - self._recent[0][0]
         rate = sum(count for _, count in self._recent) / elapsed if elapsed > 0 else 0.0
-        return Progress(step=max(steps) + 1, loss=self._loss, samples_per_second=rate)
+        return Progress(step=max(steps) + 1, loss=total / count, samples_per_second=rate)
 
     def trace(self, step: int, loss: float) -> None:
         self._loss = loss
+        epoch = step // steps_per_epoch(self._order.samples, self._order.batch_size)
+        total, count = self._epoch_losses if epoch == self._epoch else (0.0, 0)
+        self._epoch, self._epoch_losses = epoch, (total + loss, count + 1)
         self._write({"step": step, "loss": loss})
 
     def measured(self, step: int, values: dict[str, float]) -> None:
         self.ledger.evaluated(step, values)
         self._write({"step": step, "evaluation": values})
+
+    def note(self, role: str, step: int, what: str, values: dict[str, float]) -> None:
+        """Write what a role measured; the first ``_NOTES`` of a coordinator's life are kept."""
+        self._notes += 1
+        if self._notes <= _NOTES:
+            self._write({"step": step, what: values, "role": role})
 
     def publish(self, step: int, files: list[File], applied: list[tuple[int, int]]) -> None:
         checkpoints.publish(self._checkpoints, checkpoints.Manifest(step=step, applied=applied, files=files))

@@ -22,6 +22,7 @@ from tricorn.control.instructions import (
     End,
     Instruction,
     Measured,
+    Note,
     Publish,
     Send,
     Tell,
@@ -193,6 +194,8 @@ class CoordinatorServer:
                 record.trace(step, loss)
             case Measured(step, values):
                 record.measured(step, values)
+            case Note(role, step, what, values):
+                record.note(role, step, what, values)
             case Publish(step, files, applied):
                 record.publish(step, files, applied)
             case End(outcome, error):

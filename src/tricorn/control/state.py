@@ -22,6 +22,7 @@ from tricorn.control.instructions import (
     End,
     Instruction,
     Measured,
+    Note,
     Publish,
     Send,
     Tell,
@@ -70,7 +71,7 @@ class Coordinator:
         self._save_wished = False
         self._formed = 0.0
         self._broken = ""
-        self._why = "the run begins"
+        self._why = _BEGINS
         self._out: list[Instruction] = []
 
     # Events.
@@ -84,7 +85,7 @@ class Coordinator:
             if role in self.members.roles:
                 self.members.roles[role].incarnation = incarnation
         if self.phase != "ended":
-            self._regroup(now, "the coordinator begins")
+            self._regroup(now, _BEGINS)
         return self._take()
 
     def admits(self, role: str, incarnation: int) -> bool:
@@ -243,7 +244,10 @@ class Coordinator:
         self._task = ""
         self._saved_at, self._save_wished = now, False
         self.phase = "running"
-        event = f"{self._why}; {_SOURCES[self._kind(source, checkpoint)]} at step {step}"
+        where = f"{_SOURCES[self._kind(source, checkpoint)]} at step {step}"
+        event = f"{self._why}; {where}"
+        if step or self._why != _BEGINS:
+            self._out.append(Tell(m.Notice(text=f"going on {where}")))
         self._out.append(BeginEpoch(self.epoch, Intervals(self.committed.pairs), event))
         begin = m.Begin(
             epoch=self.epoch,
@@ -290,9 +294,11 @@ class Coordinator:
             case m.Want() if self._leases:
                 self._leases.want(member.role, message.steps)
             case m.Trained():
-                self._out.append(Trace(message.step, message.loss))
+                self._out += [Trace(*each) for each in zip(message.steps, message.losses, strict=True)]
             case m.Evaluated():
                 self._judge(member.role, message)
+            case m.Measured():
+                self._out.append(Note(member.role, message.step, message.what, message.values))
             case m.Saved():
                 self._save(member.role, message, now)
             case m.Finished():
@@ -310,9 +316,9 @@ class Coordinator:
             return
         self._barren = 0
         self.committed.add_range(first, message.upto)
-        self._out.append(Commit(list(range(first, message.upto)), self.epoch))
         for step, loss in enumerate(message.losses, message.upto - len(message.losses)):
             self._out.append(Trace(step, loss))
+        self._out.append(Commit(list(range(first, message.upto)), self.epoch))
 
     def _judge(self, role: str, share: m.Evaluated) -> None:
         values = self._evaluations.add(role, share)
@@ -389,6 +395,7 @@ class Coordinator:
         return out
 
 
+_BEGINS = "the coordinator begins"
 _SOURCES = {
     "initial": "from the initial weights",
     "keep": "from what all hold",

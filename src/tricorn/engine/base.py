@@ -50,6 +50,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str  # coordinator, worker-0, server-0, ...
     incarnation: int
+    host: str = "127.0.0.1"  # where the role listens; the engine that starts it knows
     coordinator: Address
     secret: bytes
     launch: str  # tells this launch of the run from earlier ones
@@ -72,7 +73,9 @@ class Gone(NamedTuple):
 class Engine(Protocol):
     """Starts roles and sees them end. Used by one thread."""
 
-    pids: dict[str, int]  # of the roles that live on this machine
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of the roles that live on this machine."""
 
     def load(self, plan: Plan) -> tuple[JobFacts, Address]:
         """Make the job ready where roles will run; also where the coordinator will listen.
@@ -84,13 +87,16 @@ class Engine(Protocol):
         """How many compute threads each worker of the plan can have, where the plan leaves it open."""
 
     def start(self, spec: RoleSpec) -> None:
-        """Start a role; its end is told by ``gone``."""
+        """Start a role, with its ``host`` filled in; its end is told by ``gone``."""
 
     def kill(self, role: str, incarnation: int) -> None:
         """End a role at once, whatever state it is in."""
 
     def gone(self) -> list[Gone]:
-        """Which roles ended since the last call. Raises ClusterError if the engine itself is lost."""
+        """Which roles ended since the last call. Raises ClusterError if the engine itself is lost.
+
+        Asked several times a second, so that an engine may tell by its clock that a machine does not answer.
+        """
 
     def fileno(self) -> int:
         """Readable when ``gone`` may have news."""

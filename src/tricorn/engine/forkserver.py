@@ -73,10 +73,10 @@ def die_with_parent() -> None:
 
 
 class ForkServer:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, host: str) -> None:
         self._sock = sock
         self._decode = m.Decoder(ToServer)
-        self._listener = listen()
+        self._listener = listen(host)
         self._job: Job
         self._children: dict[int, tuple[str, int]] = {}
         self._woken, wake = socket.socketpair()
@@ -127,8 +127,11 @@ class ForkServer:
         except UsageError as error:
             self._say(m.failed(error))
         except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            problem = UsageError(f"the job cannot be loaded: {type(error).__name__}: {error}", where=users_line(error))
+            problem = UsageError(
+                f"the job cannot be loaded: {type(error).__name__}: {error}",
+                remedy="Mend that line; `python FILE` shows the whole trace.",
+                where=users_line(error),
+            )
             self._say(m.failed(problem, traceback.format_exc()[-8000:]))
         else:
             gc.collect()
@@ -188,14 +191,17 @@ def _reason(status: int) -> str:
 
 
 def main() -> None:
-    """``python -m tricorn.engine.forkserver FD``: serve the launcher at the other end of the descriptor."""
+    """``python -m tricorn.engine.forkserver FD HOST``: serve the launcher at the other end of the descriptor.
+
+    HOST is the address at which a coordinator would listen.
+    """
     die_with_parent()
     sock = socket.socket(fileno=int(sys.argv[1]))
     import torch  # while the launcher still reads its options
 
     torch.set_num_threads(1)  # no pool of threads may exist before a fork
     importlib.import_module("tricorn.engine.loading")
-    ForkServer(sock).serve()
+    ForkServer(sock, sys.argv[2]).serve()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,18 @@ def warm(job: Job, plan: Plan) -> None:
     """Import what the roles of this plan will need. Raises PlanError if the plan cannot run the job."""
     for module in _FOR_ROLES:
         importlib.import_module(module)
+    if plan.strategy != "ps" and plan.workers > 1:
+        from tricorn.comm import within
+
+        within.warm({getattr(torch, job.precision), torch.float32, torch.float64})
+    if plan.strategy == "dp" and plan.workers > 1 and plan.compress != "none":
+        from tricorn.dp import compress
+
+        compress.warm(plan.compress, torch.float64 if job.precision == "float64" else torch.float32)
+    if plan.strategy == "ps":
+        from tricorn.ps import ring, server, shared, trainer  # noqa: F401  what its roles import
+
+        ring.warm()
     chosen = strategy.find(plan.strategy)
     if reason := chosen.why_not(job, plan):
         raise PlanError(

@@ -9,7 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
+
+import msgspec
 
 from tricorn.control import messages as m
 from tricorn.engine.base import Gone, JobFacts, RoleSpec
@@ -23,17 +28,23 @@ _USAGE = {kind.__name__: kind for kind in (UsageError, PlanError)}
 
 
 class LocalEngine:
-    """Runs the roles of one job: ``job`` is a Job, or (file, name) of one."""
+    """Runs the roles of one job: ``job`` is a Job, or (file, name) of one.
 
-    def __init__(self, job: Job | tuple[str, str]) -> None:
+    ``host`` is the address that they listen at; ``prefix`` is put before the command that starts the warm process.
+    """
+
+    def __init__(
+        self, job: Job | tuple[str, str], *, host: str = "127.0.0.1", prefix: Sequence[str | Path] = ()
+    ) -> None:
         self._job = job
+        self.host = host
         self._pickled = _pickled(job) if isinstance(job, Job) else None
         self._sock, theirs = socket.socketpair()
         handed = [theirs.fileno(), *([self._pickled.fileno()] if self._pickled else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which ends the run in order.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tricorn.engine.forkserver", str(theirs.fileno())],
+            [*prefix, sys.executable, "-m", "tricorn.engine.forkserver", str(theirs.fileno()), host],
             pass_fds=handed, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=2,
         )  # fmt: skip
         theirs.close()
@@ -42,8 +53,16 @@ class LocalEngine:
         self.pids: dict[str, int] = {}
 
     def load(self, plan: Plan) -> tuple[JobFacts, m.Address]:
+        self.begin_load(plan)
+        return self.loaded()
+
+    def begin_load(self, plan: Plan) -> None:
+        """Begin to make the job ready; ``loaded`` waits for it."""
         file, name = self._job if isinstance(self._job, tuple) else (None, "")
         self._say(Load(file=file, name=name, pickle_fd=self._pickled.fileno() if self._pickled else None, plan=plan))
+
+    def loaded(self) -> tuple[JobFacts, m.Address]:
+        """What ``load`` returns and raises."""
         answer = self._next()
         if self._pickled:
             self._pickled.close()
@@ -56,7 +75,7 @@ class LocalEngine:
         return max(1, len(os.sched_getaffinity(0)) // plan.workers)
 
     def start(self, spec: RoleSpec) -> None:
-        self._say(Spawn(spec=spec))
+        self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host)))
 
     def kill(self, role: str, incarnation: int) -> None:
         self._say(End(role=role, incarnation=incarnation))
@@ -75,15 +94,19 @@ class LocalEngine:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def close(self) -> None:
+    def close(self, patience: float = CLOSE_SECONDS) -> None:
+        """End all; a process that is still there after so many seconds is killed."""
         self._sock.close()  # at the end of the stream the fork server ends every role, then itself
         if self._pickled:
             self._pickled.close()
         try:
-            self._process.wait(CLOSE_SECONDS)
+            self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()  # and the kernel ends its forks with it
-            self._process.wait()
+            # A frozen process dies of it when it is thawed, which may be long after the run.
+            reaper = threading.Thread(target=self._process.wait, name="tricorn-reaper", daemon=True)
+            reaper.start()
+            reaper.join(patience)
 
     def _say(self, message: m.Message) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by the next read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import traceback
 from pathlib import Path
@@ -52,14 +53,19 @@ def work(spec: RoleSpec, job: Job) -> int:
 
     torch.set_num_threads(spec.threads)
     rank = rank_of(spec.role)
-    listener = PeerListener(spec.secret)
+    listener = PeerListener(spec.secret, spec.host)
     orders = Orders(listener.announce)
+
+    def measured(step: int, what: str, values: dict[str, float]) -> None:
+        link.send(m.Measured(epoch=orders.epoch, step=step, what=what, values=values))
+
     link = _link(spec, orders.handle, orders.bytes_sent)
     link.open()
     try:
         context = strategy.Context(
-            job=job, plan=spec.plan, rank=rank, incarnation=spec.incarnation, secret=spec.secret, listener=listener
-        )
+            job=job, plan=spec.plan, rank=rank, incarnation=spec.incarnation, secret=spec.secret, listener=listener,
+            measured=measured,
+        )  # fmt: skip
         trainer = strategy.find(spec.plan.strategy).trainer(context)
         orders.trainer = trainer
         kind = SynchronousLoop if spec.plan.synchronous else LeasedLoop
@@ -81,6 +87,8 @@ def work(spec: RoleSpec, job: Job) -> int:
 def serve(spec: RoleSpec) -> int:
     import torch
 
+    from tricorn.ps import access
+    from tricorn.ps.consistency import histogram
     from tricorn.ps.server import Server
 
     torch.set_num_threads(1)
@@ -88,6 +96,8 @@ def serve(spec: RoleSpec) -> int:
     epoch = 0
 
     def snapshot(step: int, pieces: list[Piece]) -> None:
+        if ages := server.staleness():
+            link.send(m.Measured(epoch=epoch, step=step, what="staleness", values=histogram(ages)))
         saver.save(epoch, step, pieces)
 
     def applied(steps: list[int]) -> None:
@@ -113,14 +123,20 @@ def serve(spec: RoleSpec) -> int:
             case m.Shutdown():
                 server.stop()
 
-    server = Server(spec.secret, on_snapshot=snapshot, on_applied=applied)
+    server = Server(spec.secret, spec.host, on_snapshot=snapshot, on_applied=applied)
     link = _link(spec, handle, lambda: server.bytes_sent)
     saver = _saver(spec, link)
     link.open()
+    reach = Path(spec.folder) / access.FOLDER / f"{spec.role}.json"
     try:
+        with contextlib.suppress(OSError):  # it is for whoever looks
+            access.write(reach, access.Access(servers={spec.role: server.address}, secret=spec.secret.hex()))
         server.serve_forever()
     except Exception as error:
         return _failed(link, error)
+    finally:
+        with contextlib.suppress(OSError):
+            reach.unlink()
     saver.wait()
     link.close()
     return 0

@@ -8,8 +8,9 @@ from tricorn.errors import PlanError
 from tricorn.mp.partition import blocks, refusal
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.mp.trainer import PipelineTrainer
-from tricorn.state.flat import build_model
+from tricorn.state.flat import model_without_rows
 from tricorn.state.inspect import batch_statistics
+from tricorn.state.rows import needs_server
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -22,7 +23,9 @@ class ModelParallel:
 
     def why_not(self, job: Job, plan: Plan) -> str | None:
         """One sentence that names what would have to change, None if the job can run. Builds the model."""
-        model = build_model(job)
+        model = model_without_rows(job)
+        if reason := needs_server(job, model):
+            return reason
         try:
             found = blocks(model, plan.workers)
         except PlanError as error:

@@ -13,13 +13,13 @@ from tricorn.mp import wire
 from tricorn.mp.backward import backward
 from tricorn.mp.schedule import one_forward_one_backward, split
 from tricorn.state import gradient
-from tricorn.strategy import Batch
 
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
     from tricorn.comm.lane import Handle
     from tricorn.job import Job
     from tricorn.mp.partition import Stage
+    from tricorn.strategy import Batch
 
 
 class Pipeline:
@@ -46,7 +46,7 @@ class Pipeline:
                 given = self._receive(batch, *ranges[index])
                 made = self._forward(given)
                 if self._stage.last:
-                    micro = self._micro(batch, *ranges[index])
+                    micro = gradient.portion(self._job, batch, *ranges[index])
                     made = self._loss(made, micro)
                     count += micro.count
                     if made is not None:
@@ -72,7 +72,7 @@ class Pipeline:
                 for start, stop in split(samples, self._microbatches):
                     made = self._forward(self._receive(batch, start, stop))
                     if self._stage.last:
-                        judge(made, self._micro(batch, start, stop))
+                        judge(made, gradient.portion(self._job, batch, start, stop))
                     else:
                         sends += wire.send(self._group, made, self._group.rank + 1)
         finally:
@@ -82,7 +82,7 @@ class Pipeline:
 
     def _receive(self, batch: Batch, start: int, stop: int) -> Any:
         if self._stage.first:
-            return gradient.placed(self._job, _rows(batch.inputs, start, stop), self._device)
+            return gradient.placed(self._job, gradient.rows(batch.inputs, start, stop), self._device)
         return wire.receive(self._group, self._group.rank - 1, self._device)
 
     def _forward(self, given: Any) -> Any:
@@ -104,16 +104,3 @@ class Pipeline:
             return
         wanted = [part for part in wire.tensors(made) if part.requires_grad]
         backward(wanted, wire.receive_gradients(self._group, wanted, self._group.rank + 1))
-
-    def _micro(self, batch: Batch, start: int, stop: int) -> Batch:
-        inputs, target = _rows(batch.inputs, start, stop), _rows(batch.target, start, stop)
-        count = self._job.count(inputs, target) if self._job.count else stop - start
-        return Batch(inputs=inputs, target=target, samples=stop - start, count=count)
-
-
-def _rows(value: Any, start: int, stop: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _rows(item, start, stop) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_rows(item, start, stop) for item in value)
-    return value[start:stop]

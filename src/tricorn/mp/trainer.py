@@ -16,7 +16,8 @@ from tricorn.mp.pipeline import Pipeline
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.state.flat import FlatState, build_model, device_of
 from tricorn.state.gradient import check_finite, clip_factor, learning_rate, squared_norm
-from tricorn.state.shards import CheckpointReader, Piece
+from tricorn.state.shards import Piece
+from tricorn.state.whole_rows import open_checkpoint
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
 
 
@@ -125,7 +126,7 @@ class PipelineTrainer:
         self._stage = Stage(model, found, start, stop, self._device)
         state = FlatState(self._stage, self._job.optimizer, self._device)
         if seat.checkpoint is not None:
-            state.load(CheckpointReader(seat.checkpoint, seat.step))
+            state.load(open_checkpoint(self._job, seat.checkpoint, seat.step))
         self._state = state
 
     def _agree(self, loss_sum: float, count: int, batch: Batch, wishes: Wishes) -> tuple[Outcome, float]:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tricorn.job import Job
     from tricorn.plan import Plan
+    from tricorn.ps.session import Session, connect
+    from tricorn.ps.standing import serving
     from tricorn.strategy import Context, Strategy, Trainer
+
+
+__all__ = ["ParameterServer", "Session", "caution", "connect", "serving", "strategy"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: whoever only plans must not wait for PyTorch.
+    import importlib
+
+    if name in ("Session", "connect"):
+        return getattr(importlib.import_module("tricorn.ps.session"), name)
+    if name == "serving":
+        return importlib.import_module("tricorn.ps.standing").serving
+    raise AttributeError(f"module 'tricorn.ps' has no attribute {name!r}")
 
 
 class ParameterServer:
@@ -15,10 +33,11 @@ class ParameterServer:
 
     def why_not(self, job: Job, plan: Plan) -> str | None:
         """One sentence that names what would have to change, None if the job can run. Builds the model."""
-        from tricorn.state.flat import build_model
+        from tricorn.state.flat import model_without_rows
         from tricorn.state.inspect import batch_statistics
+        from tricorn.state.rows import row_tables
 
-        model = build_model(job)
+        model = model_without_rows(job)
         if not any(p.requires_grad for p in model.parameters()):
             return "the model has no trainable parameter; set requires_grad on those that shall be trained"
         layers = batch_statistics(model)
@@ -32,13 +51,47 @@ class ParameterServer:
                 f"layer {layers[0]!r} keeps statistics of the batch, which an asynchronous run does not save; use "
                 "GroupNorm or LayerNorm, or consistency bsp"
             )
-        return None
+        if row_tables(job, model) and plan.compress == "topk":
+            return "compress topk leaves most of a row's gradient behind and nothing adds it up; use bf16, fp16 or int8"
+        return _contradiction(plan)
 
     def trainer(self, context: Context) -> Trainer:
         """A worker's half, with the model built from the job's seed; a LeasedTrainer where the plan is asynchronous."""
         from tricorn.ps.trainer import AsyncTrainer, BspTrainer
 
         return BspTrainer(context) if context.plan.synchronous else AsyncTrainer(context)
+
+
+def caution(optimizer: Mapping[str, Any], plan: Plan) -> str | None:
+    """What a person should know of an asynchronous plan before it runs; ``optimizer`` as ``job.json`` has it.
+
+    Momentum and running averages go on in the direction of gradients that were old when they arrived: Dai et al.
+    (arXiv 1810.03264) find Adam, momentum and RMSProp more sensitive to staleness than SGD.
+    """
+    suffers = optimizer["kind"] in ("adam", "adamw") or optimizer.get("momentum")
+    if plan.strategy != "ps" or plan.synchronous or not suffers or plan.workers == 1:
+        return None
+    name = {"adam": "Adam", "adamw": "AdamW"}.get(optimizer["kind"], "momentum")
+    return (
+        f"{plan.consistency} applies gradients of older weights, from which {name} suffers more than plain SGD or "
+        "Adagrad do; if the loss does not fall as it should, use one of those, --stale scale, or --consistency bsp"
+    )
+
+
+def _contradiction(plan: Plan) -> str | None:
+    if plan.compress == "powersgd":
+        return "powersgd needs all workers to agree on its factors; use compress bf16, int8 or topk"
+    if plan.compress != "none" and plan.stale == "drop":
+        return (
+            "compress adds what rounding loses to later gradients, and stale drop throws gradients away; use stale "
+            "keep or scale, or compress none"
+        )
+    if plan.sparse_consistency == "bsp" and not plan.synchronous:
+        return (
+            f"sparse_consistency bsp needs agreed steps, which {plan.consistency} has not; leave it out, or use "
+            "consistency bsp"
+        )
+    return None
 
 
 strategy: Strategy = ParameterServer()

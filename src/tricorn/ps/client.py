@@ -1,24 +1,34 @@
-"""One worker's side to all servers: every request goes out to all of them before any reply is read.
+"""One worker's side to all servers: the operations of the protocol (docs/protocol.md).
 
-Legend: N elements of all trainable parameters; each server holds one slice [start, stop) of them.
+Legend: N elements of all dense parameters, of which each server holds one slice [start, stop); U ids of one sparse
+table; D elements of a row.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from torch import Tensor
 
-from tricorn.comm.sockets import Address, connect, receive_into
-from tricorn.errors import PeerLost, ProtocolError
+from tricorn.comm.sockets import Address
+from tricorn.errors import Diverged, PeerLost, ProtocolError
+from tricorn.ps.exchange import Exchange, Slice, lost_peers
+from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.table import Description
-from tricorn.ps.wire import PEEK, WANTED, Header, Op, as_bytes, receive_header, send
+from tricorn.ps.transport import dial
+from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, WANTED, Header, Op, as_bytes
 
-Slice = tuple[int, int]
+if TYPE_CHECKING:
+    import ssl
+
+    from tricorn.comm.codecs import ErrorFeedback
+    from tricorn.ps.sparse.spec import TableSpec
+
+_LOAD_BYTES = 4 << 20  # of the rows of one LOAD
 
 
 class Ack(NamedTuple):
@@ -28,12 +38,45 @@ class Ack(NamedTuple):
     squared_norm: float
 
 
+class Pushed(NamedTuple):
+    """What became of an asynchronous push: each server's version, and whether any refused it as too old."""
+
+    versions: list[int]
+    refused: bool
+
+
+class Reading:
+    """Rows, and it may be weights, that were asked for and are on their way."""
+
+    def __init__(self, client: Client, receive: Callable[[], Pushed]) -> None:
+        self.receive = receive
+        self.answer: Pushed | None = None
+        self._client = client
+
+    def wait(self) -> list[int]:
+        """Until all is where it is wanted; returns each server's version. May be called again."""
+        return self.pushed().versions
+
+    def pushed(self) -> Pushed:
+        """As ``wait``, with what became of the push that this was asked for with."""
+        if self.answer is None:
+            self._client.finish_reading()
+        assert self.answer is not None, "the request failed"
+        return self.answer
+
+
 class Client:
     """Blocking requests to the servers of one membership epoch, from one thread; ``interrupt`` from any.
 
-    Flat tensors have N elements, lie on the CPU and are sent from, and received into, where they lie. Every
-    request raises PeerLost when a server is lost or the client interrupted, and the error that a server reports;
-    after any error the client is of no more use.
+    Flat tensors have N elements, lie on the CPU and are sent from, and received into, where they lie; a gradient may be
+    overwritten by being pushed. ``tables``
+    are the sparse tables in the order in which requests number them, whatever their ``buckets`` say. ``compress``
+    is how gradients travel; ``feedback`` then adds to a dense gradient what earlier ones lost (its owner says when to
+    ``keep``). With ``share``, servers of this host are reached through shared memory; ``tls`` encrypts connections.
+
+    Every request raises PeerLost when a server is lost or the client interrupted, and the error that a server
+    reports; after these the client is of no more use. UsageError for ids and rows that do not fit is raised before
+    anything is sent.
     """
 
     def __init__(
@@ -45,135 +88,242 @@ class Client:
         rank: int,
         incarnation: int,
         epoch: int,
+        tables: Sequence[TableSpec] = (),
+        compress: str = "none",
+        feedback: ErrorFeedback | None = None,
+        share: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.slices = tuple(slices)
-        self.bytes_sent = 0
-        self._servers = tuple(servers)
+        self._addresses = tuple(servers)
         self._secret = secret
-        self._claim = {"channel": "ps", "rank": rank, "incarnation": incarnation, "epoch": epoch}
-        self._sockets: list[socket.socket] = []
+        self._claim = {
+            "channel": "ps", "rank": rank, "incarnation": incarnation, "epoch": epoch, "protocol": PROTOCOL
+        }  # fmt: skip
+        self._share, self._tls = share, tls
+        self._wire = Exchange(slices, tables, compress, feedback)
         self._interrupted = False
+        self._version = 0  # the synchronous version that was pulled last
+        self._reading: Reading | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(server.bytes_sent for server in self._wire.servers)
 
     def connect(self) -> None:
         """Dial all servers. Raises PeerLost, AuthenticationError or ProtocolError."""
-        for address in self._servers:
-            self._sockets.append(connect(address, self._secret, self._claim))
+        for address in self._addresses:
+            self._wire.servers.append(dial(address, self._secret, self._claim, share=self._share, tls=self._tls))
             if self._interrupted:
                 raise PeerLost("interrupted while connecting")
 
-    def create(self, descriptions: Sequence[Description], initial: Callable[[], Tensor]) -> None:
-        """Rank 0: say what each server has to hold; bring the initial weights to those that want them."""
-        documents = [memoryview(msgspec.json.encode(description)) for description in descriptions]
-        with self._lost_peers():
-            self._send_all([Header(Op.CREATE)] * len(documents), documents)
-            replies = [receive_header(sock, Op.CREATED) for sock in self._sockets]
-            wanting = [server for server, reply in enumerate(replies) if reply.flags & WANTED]
-            if wanting:
-                weights_N = initial()
-                for server in wanting:
-                    self._send(server, Header(Op.LOAD), self._part(weights_N, server))
-                for server in wanting:
-                    receive_header(self._sockets[server], Op.DONE)
+    def create(
+        self,
+        descriptions: Sequence[Description],
+        initial: Callable[[], Tensor],
+        prefilled: Sequence[Tensor | None] = (),
+    ) -> None:
+        """Rank 0: say what each server has to hold; bring the initial weights to those that want them.
+
+        ``prefilled``: for each sparse table the rows that the model gives it, [rows, D], None if it gives none.
+        """
+        servers = self._wire.servers
+        with lost_peers():
+            for server, description in zip(servers, descriptions, strict=True):
+                server.send(Header(Op.CREATE), [memoryview(msgspec.json.encode(description))])
+            replies = [server.receive(Op.CREATED) for server in servers]
+            wanting = [index for index, reply in enumerate(replies) if reply.flags & WANTED]
+            if not wanting:
+                return
+            for table, weights_RD in enumerate(prefilled):
+                chunk = 0 if weights_RD is None else max(1, _LOAD_BYTES // max(1, weights_RD[:1].nbytes))
+                for start in range(0, 0 if weights_RD is None else len(weights_RD), chunk or 1):
+                    assert weights_RD is not None
+                    part = as_bytes(weights_RD[start : start + chunk].flatten())
+                    self._load(wanting, Header(Op.LOAD, step=1 + table, version=start), [part] * len(servers))
+            weights_N = initial()
+            self._load(wanting, Header(Op.LOAD), [self._wire.part(weights_N, index) for index in range(len(servers))])
+
+    def _load(self, wanting: Sequence[int], header: Header, parts: Sequence[memoryview]) -> None:
+        for index in wanting:
+            self._wire.servers[index].send(header, [parts[index]])
+        for index in wanting:
+            self._wire.servers[index].receive(Op.DONE)
 
     # Synchronous steps.
 
-    def push_sum(self, step: int, status: Sequence[float], gradient_N: Tensor) -> Ack:
-        """Contribute a gradient sum and five numbers to a step; returns when all workers have, on all servers."""
-        with self._lost_peers():
-            self._send_all(
-                [Header(Op.PUSH, step=step, numbers=tuple(status))] * len(self._sockets), self._parts(gradient_N)
-            )
-            return _agreed([receive_header(sock, Op.ACK) for sock in self._sockets])
+    def push_sum(
+        self,
+        step: int,
+        status: Sequence[float],
+        gradient_N: Tensor,
+        rows: Sequence[RowGradients] = (),
+        *,
+        bases: Sequence[int] | None = None,
+    ) -> Ack:
+        """Contribute gradient sums and five numbers to a step; returns when all workers have, on all servers.
+
+        ``bases``: by server, the oldest version that rows were read from, where that is not the step's own. Raises
+        Diverged, on every worker, if the gradient is not finite; it is applied nowhere.
+        """
+        self.finish_reading()
+        bases = bases or [step] * len(self._wire.servers)
+        headers = [Header(Op.PUSH, step=step, version=base, numbers=tuple(status)) for base in bases]
+        return _agreed(self._wire.push(headers, gradient_N, rows, Op.ACK), step)
 
     def status(self, step: int) -> Ack | None:
-        """What a step before this epoch came to, None if the servers did not see it."""
-        with self._lost_peers():
-            self._send_all([Header(Op.STATUS, step=step)] * len(self._sockets))
-            replies = [receive_header(sock, Op.ACK, Op.DONE) for sock in self._sockets]
+        """What a step before this epoch came to, None if the servers did not see it. Raises as ``push_sum``."""
+        replies = self._ask(Header(Op.STATUS, step=step), Op.ACK, Op.DONE)
         acks = [reply for reply in replies if reply.op == Op.ACK]
         if acks and len(acks) < len(replies):
             raise ProtocolError(f"{len(acks)} of {len(replies)} servers remember step {step}")
-        return _agreed(acks) if acks else None
+        return _agreed(acks, step) if acks else None
 
-    def pull_version(self, version: int, weights_N: Tensor, *, scale: float, lr: float) -> None:
-        """Receive the weights of that version, having the servers apply the decided step before it, scaled."""
-        self._pull([Header(Op.PULL, version=version, numbers=(scale, lr))] * len(self._sockets), weights_N)
+    def pull_version(
+        self, version: int, weights_N: Tensor, wanted: Sequence[Wanted] = (), *, scale: float, factor: float
+    ) -> None:
+        """Receive the weights and rows of that version, having the servers apply the decided step before it.
+
+        The gradient is multiplied by ``scale``, every optimizer's rate by ``factor``.
+        """
+        self.finish_reading()
+        self._wire.pull(Header(Op.PULL, version=version, numbers=(scale, factor)), weights_N, wanted)
+        self._version = version
 
     def snapshot(self, step: int) -> None:
         """Rank 0: have all servers add the state of that step, which all workers have pulled, to a checkpoint."""
-        with self._lost_peers():
-            self._send_all([Header(Op.SNAPSHOT, step=step)] * len(self._sockets))
-            for sock in self._sockets:
-                receive_header(sock, Op.DONE)
+        self._ask(Header(Op.SNAPSHOT, step=step), Op.DONE)
 
     # Asynchronous steps.
 
-    def push(self, step: int, bases: Sequence[int], gradient_N: Tensor, *, lr: float) -> list[int]:
-        """Have a mean gradient applied once as that step; ``bases``: the versions, by server, it was computed from.
+    def push(
+        self,
+        step: int,
+        bases: Sequence[int],
+        gradient_N: Tensor,
+        rows: Sequence[RowGradients] = (),
+        *,
+        factor: float,
+        any_age: bool = False,
+    ) -> Pushed:
+        """Have mean gradients applied once as that step; ``bases``: the versions, by server, they were computed from.
+
+        Every optimizer's rate is multiplied by ``factor``. A push that is refused as too old by a server has had no
+        effect there; pushing the step again with ``any_age``, from newer weights, takes effect at those servers only.
+        Raises Diverged if a gradient is not finite; it has then no effect at the server that found it.
+        """
+        self.finish_reading()
+        headers = _push_headers(Op.PUSH, step, bases, factor, any_age)
+        return _pushed(self._wire.push(headers, gradient_N, rows, Op.PUSHED))
+
+    def push_pull(
+        self,
+        step: int,
+        bases: Sequence[int],
+        gradient_N: Tensor,
+        rows: Sequence[RowGradients],
+        weights_N: Tensor,
+        wanted: Sequence[Wanted] = (),
+        *,
+        factor: float,
+    ) -> tuple[Pushed, list[int]]:
+        """``push``, then ``pull``, in one round trip."""
+        pushed = self.ask_push_pull(step, bases, gradient_N, rows, weights_N, wanted, factor=factor).pushed()
+        return pushed, pushed.versions
+
+    def ask_push_pull(
+        self,
+        step: int,
+        bases: Sequence[int],
+        gradient_N: Tensor,
+        rows: Sequence[RowGradients],
+        weights_N: Tensor,
+        wanted: Sequence[Wanted] = (),
+        *,
+        factor: float,
+    ) -> Reading:
+        """As ``push_pull``, without waiting: until then nothing that is given may be changed.
+
+        The next request waits first, if ``wait`` was not called before it, and raises what the push came to.
+        """
+        self.finish_reading()
+        headers = _push_headers(Op.PUSH_PULL, step, bases, factor, any_age=False)
+        self._wire.send_push_pull(headers, gradient_N, rows, wanted)
+        self._reading = Reading(
+            self, lambda: _pushed(self._wire.receive_push_pull(headers, gradient_N, rows, weights_N, wanted))
+        )
+        return self._reading
+
+    def pull(self, weights_N: Tensor, wanted: Sequence[Wanted] = (), *, peek: bool = False) -> list[int]:
+        """Receive the newest weights and rows when the clocks allow, or at once to ``peek``.
 
         Returns each server's version.
         """
-        headers = [Header(Op.PUSH, step=step, version=base, numbers=(lr,)) for base in bases]
-        with self._lost_peers():
-            self._send_all(headers, self._parts(gradient_N))
-            return [receive_header(sock, Op.PUSHED).version for sock in self._sockets]
+        self.finish_reading()
+        return self._wire.pull(Header(Op.PULL, flags=PEEK * peek), weights_N, wanted)
 
-    def pull(self, weights_N: Tensor, *, peek: bool = False) -> list[int]:
-        """Receive the newest weights when the clocks allow, or at once to ``peek``; returns each server's version."""
-        return self._pull([Header(Op.PULL, flags=PEEK * peek)] * len(self._sockets), weights_N)
+    def version(self) -> int:
+        """The synchronous version that all servers have; waits until they know what they hold."""
+        return min(reply.version for reply in self._ask(Header(Op.STATUS, step=-1), Op.DONE))
+
+    def barrier(self) -> None:
+        """Wait until every worker of this epoch has come to its barrier, or has left."""
+        self._ask(Header(Op.BARRIER), Op.DONE)
 
     def idle(self) -> None:
         """Say that this worker waits for work."""
-        with self._lost_peers():
-            self._send_all([Header(Op.IDLE)] * len(self._sockets))
-            for sock in self._sockets:
-                receive_header(sock, Op.DONE)
+        self._ask(Header(Op.IDLE), Op.DONE)
+
+    # Rows alone, in all modes.
+
+    def read_rows(self, wanted: Sequence[Wanted], *, ahead: int = 0, peek: bool = False) -> list[int]:
+        """Receive rows when the consistency of the tables allows, or at once to ``peek``.
+
+        ``ahead``: they are for so many steps after the present one, and bound by what will hold then; that has to
+        be possible now (BSP: not ahead; SSP: at most the staleness). Returns each server's version.
+        """
+        return self.ask_rows(wanted, ahead=ahead, peek=peek).wait()
+
+    def ask_rows(self, wanted: Sequence[Wanted], *, ahead: int = 0, peek: bool = False) -> Reading:
+        """As ``read_rows``, without waiting. The next request waits first, if ``wait`` was not called before it."""
+        self.finish_reading()
+        header = Header(Op.ROWS, step=ahead, version=self._version, flags=PEEK * peek)
+        self._wire.send_reads(header, wanted)
+        self._reading = Reading(self, lambda: Pushed(self._wire.receive_reads(header, None, wanted), refused=False))
+        return self._reading
+
+    def finish_reading(self) -> None:
+        """Receive what is on its way, if anything is."""
+        if reading := self._reading:
+            self._reading = None
+            reading.answer = reading.receive()
 
     def interrupt(self) -> None:
         """Make a blocked request, and every later one, raise PeerLost. Safe from any thread."""
         self._interrupted = True
-        for sock in [*self._sockets]:
+        for server in [*self._wire.servers]:
             with suppress(OSError):  # it was lost or closed before
-                sock.shutdown(socket.SHUT_RDWR)
+                server.interrupt()
 
     def close(self) -> None:
-        for sock in self._sockets:
-            sock.close()
+        for server in self._wire.servers:
+            server.close()
 
-    def _pull(self, headers: Sequence[Header], weights_N: Tensor) -> list[int]:
-        versions = []
-        with self._lost_peers():
-            self._send_all(headers)
-            for server, sock in enumerate(self._sockets):
-                reply, part = receive_header(sock, Op.WEIGHTS), self._part(weights_N, server)
-                if reply.length != len(part):
-                    raise ProtocolError(f"weights of {reply.length} bytes came where {len(part)} are due")
-                receive_into(sock, part)
-                versions.append(reply.version)
-        return versions
-
-    def _send_all(self, headers: Sequence[Header], parts: Sequence[memoryview] = ()) -> None:
-        for server, header in enumerate(headers):
-            self._send(server, header, parts[server] if parts else None)
-
-    def _send(self, server: int, header: Header, part: memoryview | None) -> None:
-        self.bytes_sent += send(self._sockets[server], header, part)
-
-    def _parts(self, flat_N: Tensor) -> list[memoryview]:
-        return [self._part(flat_N, server) for server in range(len(self.slices))]
-
-    def _part(self, flat_N: Tensor, server: int) -> memoryview:
-        start, stop = self.slices[server]
-        return as_bytes(flat_N[start:stop])
-
-    @contextmanager
-    def _lost_peers(self) -> Generator[None, None, None]:
-        try:
-            yield
-        except OSError as error:
-            raise PeerLost(f"a parameter server is lost: {error}") from None
+    def _ask(self, header: Header, *expected: Op) -> list[Header]:
+        self.finish_reading()
+        return self._wire.ask([header] * len(self._wire.servers), *expected)
 
 
-def _agreed(acks: Sequence[Header]) -> Ack:
-    # All servers add the same numbers in the same order; each knows the norm of its own slice only.
-    return Ack(acks[0].numbers[:5], sum(ack.numbers[5] for ack in acks))
+def _push_headers(op: Op, step: int, bases: Sequence[int], factor: float, any_age: bool) -> list[Header]:
+    return [Header(op, step=step, version=base, flags=ANY_AGE * any_age, numbers=(factor,)) for base in bases]
+
+
+def _pushed(replies: Sequence[Header]) -> Pushed:
+    return Pushed([reply.version for reply in replies], any(reply.flags & REFUSED for reply in replies))
+
+
+def _agreed(acks: Sequence[Header], step: int) -> Ack:
+    # All servers add the same numbers in the same order; each knows the norm of its own part only.
+    norm, loss_sum = sum(ack.numbers[5] for ack in acks), acks[0].numbers[0]
+    if not math.isfinite(norm) and math.isfinite(loss_sum):  # of the loss, the caller says so
+        raise Diverged(f"the gradient of step {step} is not finite")
+    return Ack(acks[0].numbers[:5], norm)

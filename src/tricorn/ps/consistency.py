@@ -1,10 +1,15 @@
-"""Who may do what when, without a socket or a tensor: synchronous steps (BSP) and clocks (SSP, ASP)."""
+"""Who may do what when, without a socket or a tensor: synchronous steps (BSP) and clocks (SSP, ASP).
+
+docs/consistency.md says what this comes to for who reads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from tricorn.errors import ProtocolError
+from tricorn.plan import Consistency
 
 
 class Verdict(Enum):
@@ -49,10 +54,13 @@ class Bsp:
             return False
         if version != self.version + 1 or not self.complete:
             raise ProtocolError(f"a pull of version {version}, but this server has version {self.version}")
-        self.version = version
+        return True
+
+    def advance(self) -> None:
+        """The complete step is applied."""
+        self.version += 1
         self.complete = False
         self._contributed.clear()
-        return True
 
     def steps(self) -> list[int]:
         """The steps that this server could go on from."""
@@ -68,15 +76,30 @@ class Bsp:
             self._contributed.clear()
 
 
-class Clocks:
-    """How far each worker is, and who has to wait (SSP: Ho et al., NIPS 2013; ``staleness`` None is ASP).
+def row_bound(consistency: Consistency, staleness: int) -> int | None:
+    """How many clocks old a value may be that is read; None is without bound."""
+    return {"bsp": 0, "ssp": staleness, "asp": None}[consistency]
 
-    A worker's clock counts its pushes. It may read while no working peer is more than ``staleness`` clocks behind
-    it. Who waits for work, or has not begun, holds nobody up; whoever begins again takes the clock of the slowest.
+
+def histogram(ages: Mapping[int, int]) -> dict[str, float]:
+    """How many gradients had which age, as metrics have it: single ages up to 15, then ranges that double."""
+    found: dict[str, float] = {}
+    for age, count in sorted(ages.items()):
+        first = 1 << (age.bit_length() - 1) if age > 15 else age
+        name = f"{first}-{2 * first - 1}" if age > 15 else str(age)
+        found[name] = found.get(name, 0.0) + count
+    return found
+
+
+class Clocks:
+    """How far each worker is, and who has to wait (SSP: Ho et al., NIPS 2013).
+
+    A worker's clock counts its pushes. With a bound of s it may read while no working peer is more than s clocks
+    behind it. Who waits for work, or has not begun, holds nobody up; whoever begins again takes the clock of the
+    slowest.
     """
 
-    def __init__(self, staleness: int | None) -> None:
-        self._staleness = staleness
+    def __init__(self) -> None:
         self.clocks: dict[int, int] = {}
         self.working: set[int] = set()
 
@@ -92,11 +115,16 @@ class Clocks:
         self.wake(worker)
         self.clocks[worker] += 1
 
-    def may_read(self, worker: int) -> bool:
-        """Whether a worker that is awake may read now."""
-        if self._staleness is None:
+    def may_read(self, worker: int, bound: int | None, *, ahead: int = 0) -> bool:
+        """Whether a worker that is awake may now read for the clock that it will have ``ahead`` pushes later.
+
+        Raises ProtocolError if the bound would have it wait for its own pushes: it cannot push while it waits.
+        """
+        if ahead < 0 or (bound is not None and ahead > bound):
+            raise ProtocolError(f"a read {ahead} clocks ahead, where {bound} are the most")
+        if bound is None:
             return True
-        return self.clocks[worker] - min(self.clocks[peer] for peer in self.working) <= self._staleness
+        return self.clocks[worker] + ahead - min(self.clocks[peer] for peer in self.working) <= bound
 
     def idle(self, worker: int) -> None:
         """The worker waits for work."""

@@ -1,31 +1,36 @@
-"""What a server does with the requests of its workers: in agreed steps (BSP), or each at once (SSP, ASP).
+"""What a server does with the requests of its workers, as far as it is the same in all modes (docs/consistency.md).
 
 A mode is asked three things of a request, in this order: is it time for it (``ready``), where does its payload go
-(``room``, None to throw it away), and, with the payload there, what follows (``handle``).
+(``room``, None to throw it away), and, with the payload there, what follows (``handle``). A payload is read where it
+lies; a push's stays there until the same worker's next push.
+
+Legend: S elements of this server's dense slice; U ids of one sparse table; D elements of a row.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from tricorn.control.intervals import Intervals
 from tricorn.errors import ProtocolError
-from tricorn.ps.consistency import Bsp, Clocks, Verdict
-from tricorn.ps.table import Table
-from tricorn.ps.wire import DUPLICATE, PEEK, Header, Op, as_bytes
-from tricorn.state.gradient import squared_norm
+from tricorn.ps.blocks import MAX_ROWS, Block, Ids, Kept, UnknownDigest, Writer, decoded, encoded_size, read_blocks
+from tricorn.ps.table import Gradients, Table
+from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, Header, Op, as_bytes
 from tricorn.state.shards import Piece
+
+_BLOCK_BYTES = 32  # of what is not ids and rows, at most
 
 
 class Outlet(Protocol):
     """What a mode needs of the world."""
 
-    def send(self, rank: int, header: Header, payload: memoryview | None = None) -> None:
-        """Answer the worker of that rank, if it is still there. The payload is read while it is sent."""
+    def send(self, rank: int, header: Header, parts: Sequence[memoryview] = ()) -> None:
+        """Answer the worker of that rank, if it is still there. The payload, all parts, is read while it is sent."""
 
     def before_update(self) -> None:
         """The weights are about to change: keep a copy of what is not sent yet."""
@@ -34,183 +39,115 @@ class Outlet(Protocol):
         """These are copies of the state of that step, for a checkpoint."""
 
 
-class _Mode:
+class Mode(ABC):
+    """What Synchronous and Asynchronous have in common: where payloads lie, and how rows and weights are answered."""
+
+    keeps_payloads = False  # whether a payload is used after its request was handled
+
     def __init__(self, table: Table, outlet: Outlet) -> None:
         self.table = table
         self._outlet = outlet
-        self._gradients: dict[int, Tensor] = {}  # by rank: the receive buffers, S elements each
+        self._dense_count = len(table.weights_S)
+        self._itemsize = table.dtype.itemsize
+        self._dense_bytes = self._dense_count * self._itemsize
+        self.staleness: Counter[int] = Counter()  # of the weights and rows that gradients were computed from
+        self._inboxes: dict[tuple[int, bool], memoryview] = {}  # by rank, and whether for pushes: where payloads go
+        self._kept: dict[int, Kept] = {}  # by rank: what its connection has sent
 
-    def _gradient_S(self, rank: int) -> Tensor:
-        if rank not in self._gradients:
-            self._gradients[rank] = self.table.empty()
-        return self._gradients[rank]
+    def greet(self, rank: int) -> None:
+        """A worker has connected, which is not known to have sent anything."""
+        self._kept[rank] = Kept()
+
+    @abstractmethod
+    def steps(self) -> list[int]:
+        """What a membership epoch could go on from: steps, or the one generation of an asynchronous run."""
+
+    @abstractmethod
+    def begin(self, step: int, workers: int) -> None:
+        """Go on with other workers."""
+
+    @abstractmethod
+    def leave(self, rank: int) -> None:
+        """The worker of that rank is gone."""
+
+    @abstractmethod
+    def ready(self, rank: int, request: Header) -> bool:
+        """Whether it is time for this request."""
+
+    @abstractmethod
+    def room(self, rank: int, request: Header) -> memoryview | None:
+        """Where its payload goes, None to throw it away. Raises ProtocolError for one that cannot be right."""
+
+    def handle(self, rank: int, request: Header, payload: memoryview) -> None:
+        try:
+            self._handle(rank, request, payload)
+        except UnknownDigest:
+            self._outlet.send(rank, Header(Op.UNKNOWN, step=request.step))
+
+    @abstractmethod
+    def _handle(self, rank: int, request: Header, payload: memoryview) -> None: ...
+
+    def answered(self, rank: int) -> bool:
+        """Whether the request that was handled last has its answer; if not, it may have it now. Asked until it has."""
+        return True
+
+    def _inbox(self, rank: int, request: Header) -> memoryview:
+        """Room for the payload of a request, whose length is judged first."""
+        self._check_length(request)
+        key = rank, request.op in (Op.PUSH, Op.PUSH_PULL)
+        inbox = self._inboxes.get(key)
+        if inbox is None or len(inbox) < request.length:
+            inbox = self._inboxes[key] = as_bytes(torch.empty(request.length, dtype=torch.uint8))
+        return inbox[: request.length]
 
     def _check_length(self, request: Header) -> None:
-        due = self.table.description.bytes if request.op == Op.PUSH else 0
-        if request.length != due:
+        rows = MAX_ROWS + _BLOCK_BYTES * len(self.table.sparse) if self.table.sparse else 0
+        match request.op:
+            case Op.PUSH:
+                least = self._dense_size(request)
+            case Op.PUSH_PULL:
+                least = self._dense_size(request)
+                rows *= 2
+            case Op.PULL | Op.ROWS:
+                least = 0
+            case _:
+                least = rows = 0
+        if not least <= request.length <= least + rows:
+            due = f"{least} to {least + rows}" if rows else f"{least}"
             raise ProtocolError(f"a request {Op(request.op).name} of {request.length} bytes where {due} are due")
 
-    def _send_weights(self, rank: int, version: int) -> None:
-        self._outlet.send(rank, Header(Op.WEIGHTS, version=version), as_bytes(self.table.weights_S))
+    def _dense_size(self, request: Header) -> int:
+        encoding = request.flags >> ENCODING_SHIFT
+        return encoded_size(encoding, self._dense_count, self._itemsize) if encoding else self._dense_bytes
 
+    def _blocks(self, rank: int, payload: memoryview, start: int, *lists: bool) -> list[list[Block]]:
+        return read_blocks(payload, start, self.table.description.sparse, self._kept[rank], *lists)
 
-class Synchronous(_Mode):
-    """BSP: gradient sums of all ranks are added in rank order, so the result does not depend on who was faster."""
+    def _gradients(self, request: Header, payload: memoryview, blocks: Sequence[Block]) -> Gradients:
+        """What a push brings; of the payload itself where nothing had to be decoded."""
+        size, specs = self._dense_size(request), self.table.description.sparse
+        dense_S = decoded(payload[:size], request.flags >> ENCODING_SHIFT, self._dense_count, self.table.dtype)
+        rows = []
+        for block, spec in zip(blocks, specs, strict=True):
+            elements = len(block.ids_U) * spec.dim
+            flat = decoded(block.rows, block.encoding, elements, getattr(torch, spec.dtype))
+            rows.append((block.ids_U, flat.view(-1, spec.dim)))
+        return Gradients(dense_S, rows)
 
-    def __init__(self, table: Table, outlet: Outlet, *, workers: int, step: int) -> None:
-        super().__init__(table, outlet)
-        self._workers = workers
-        self._bsp = Bsp(workers, step)
-        self._statuses: dict[int, tuple[float, ...]] = {}
-        self._acks: dict[int, Header] = {}  # of the last two complete steps
-
-    def steps(self) -> list[int]:
-        return self._bsp.steps()
-
-    def begin(self, step: int, workers: int) -> None:
-        """Go on with other workers; a complete sum that leads to ``step`` stays pending."""
-        self._bsp.begin(step, workers)
-        self._workers = workers
-        self._gradients = {rank: gradient for rank, gradient in self._gradients.items() if rank < workers}
-
-    def ready(self, rank: int, request: Header) -> bool:
-        return request.op != Op.PUSH or self._bsp.judge(request.step, rank) is not Verdict.WAIT
-
-    def room(self, rank: int, request: Header) -> memoryview | None:
-        self._check_length(request)
-        if request.op != Op.PUSH:
-            return memoryview(b"")
-        if self._bsp.judge(request.step, rank) is Verdict.TAKE:
-            return as_bytes(self._gradient_S(rank))
-        return None
-
-    def handle(self, rank: int, request: Header) -> None:
-        match request.op:
-            case Op.PUSH:
-                self._push(rank, request)
-            case Op.PULL:
-                self._pull(rank, request)
-            case Op.STATUS:
-                ack = self._acks.get(request.step)
-                self._outlet.send(rank, ack or Header(Op.DONE, version=self._bsp.version))
-            case Op.SNAPSHOT:
-                if rank != 0 or request.step != self._bsp.version:
-                    raise ProtocolError(f"rank {rank} wants a snapshot of step {request.step}, not {self._bsp.version}")
-                self._outlet.snapshot_taken(request.step, self.table.pieces())
-                self._outlet.send(rank, Header(Op.DONE, version=self._bsp.version))
-            case _:
-                raise ProtocolError("synchronous steps have no clocks to leave")
-
-    def leave(self, rank: int) -> None:
-        """A lost worker's contribution counts: it may have been seen as part of a complete step elsewhere."""
-
-    def _push(self, rank: int, request: Header) -> None:
-        if self._bsp.judge(request.step, rank) is Verdict.TAKE:
-            self._statuses[rank] = request.numbers[:5]
-            if self._bsp.contribute(rank):
-                self._complete(request.step)
-        elif request.step in self._acks:
-            self._outlet.send(rank, self._acks[request.step])
-        else:
-            raise ProtocolError(f"step {request.step} is in the weights since before this server began")
-
-    def _complete(self, step: int) -> None:
-        ranks = range(self._workers)
-        status = tuple(sum(column) for column in zip(*(self._statuses[rank] for rank in ranks), strict=True))
-        mean_S = self._gradients[0]  # free for the sum: rank 0 does not push again before it is applied
-        for rank in ranks[1:]:
-            mean_S.add_(self._gradients[rank])
-        mean_S.div_(max(status[1], 1.0))
-        ack = Header(Op.ACK, step=step, version=step, numbers=(*status, squared_norm(mean_S)))
-        self._acks = {known: header for known, header in self._acks.items() if known == step - 1} | {step: ack}
-        for rank in ranks:
-            self._outlet.send(rank, ack)
-
-    def _pull(self, rank: int, request: Header) -> None:
-        scale, lr = request.numbers[:2]
-        if self._bsp.pull(request.version):
-            self._outlet.before_update()
-            mean_S = self._gradients[0]
-            if scale != 1.0:
-                mean_S.mul_(scale)
-            self.table.update(mean_S, step=request.version, lr=lr)
-        self._send_weights(rank, request.version)
-
-
-class Asynchronous(_Mode):
-    """SSP and ASP: a gradient is applied when it arrives, each step once; reads wait where the clocks say so."""
-
-    def __init__(
-        self, table: Table, outlet: Outlet, *, step: int, generation: int, applied: Iterable[tuple[int, int]]
-    ) -> None:
-        super().__init__(table, outlet)
-        self.version = step
-        self.fresh: list[int] = []  # applied, but not reported yet
-        self.staleness: Counter[int] = Counter()
-        self._generation = generation
-        self.applied = Intervals(applied)
-        self._clocks = self._new_clocks()
-
-    def steps(self) -> list[int]:
-        return [self._generation]
-
-    def begin(self, step: int, workers: int) -> None:
-        """Go on with other workers, whose clocks all begin anew."""
-        self._gradients = {rank: gradient for rank, gradient in self._gradients.items() if rank < workers}
-        self._clocks = self._new_clocks()
-
-    def ready(self, rank: int, request: Header) -> bool:
-        if request.op != Op.PULL or request.flags & PEEK:
-            return True
-        self._clocks.wake(rank)
-        return self._clocks.may_read(rank)
-
-    def room(self, rank: int, request: Header) -> memoryview | None:
-        self._check_length(request)
-        if request.op != Op.PUSH:
-            return memoryview(b"")
-        if request.step < 0 or not 0 <= request.version <= self.version:
-            raise ProtocolError(f"a push of step {request.step} from version {request.version} of {self.version}")
-        return None if request.step in self.applied else as_bytes(self._gradient_S(rank))
-
-    def handle(self, rank: int, request: Header) -> None:
-        match request.op:
-            case Op.PUSH:
-                self._push(rank, request)
-            case Op.PULL:
-                self._send_weights(rank, self.version)
-            case Op.IDLE:
-                self._clocks.idle(rank)
-                self._outlet.send(rank, Header(Op.DONE, version=self.version))
-            case _:
-                raise ProtocolError("only synchronous steps have a status and snapshots by request")
-
-    def leave(self, rank: int) -> None:
-        self._clocks.leave(rank)
-
-    def _push(self, rank: int, request: Header) -> None:
-        new = self.applied.add(request.step)
-        if new:
-            self._outlet.before_update()
-            self.staleness[self.version - request.version] += 1
-            self.version += 1
-            self.table.update(self._gradients[rank], step=self.version, lr=request.numbers[0])
-            self.fresh.append(request.step)
-        self._clocks.push(rank)
-        flags = 0 if new else DUPLICATE
-        self._outlet.send(rank, Header(Op.PUSHED, step=request.step, version=self.version, flags=flags))
-
-    def _new_clocks(self) -> Clocks:
-        description = self.table.description
-        return Clocks(description.staleness if description.consistency == "ssp" else None)
-
-
-Mode = Synchronous | Asynchronous
-
-
-def new_mode(
-    table: Table, outlet: Outlet, *, workers: int, step: int, generation: int, applied: Sequence[tuple[int, int]]
-) -> Mode:
-    if table.description.consistency == "bsp":
-        return Synchronous(table, outlet, workers=workers, step=step)
-    return Asynchronous(table, outlet, step=step, generation=generation, applied=applied)
+    def _answer_read(
+        self, rank: int, request: Header, blocks: Sequence[Block], version: int, flags: int = 0
+    ) -> list[tuple[Ids, Tensor]]:
+        """Send the weights (not for ROWS) and rows that were asked for; returns the rows."""
+        if request.flags & IN_PLACE:
+            self._outlet.send(rank, Header(Op.WEIGHTS, version=version, flags=flags | IN_PLACE))
+            return []
+        found = [(block.ids_U, self.table.gather(index, block.ids_U)) for index, block in enumerate(blocks)]
+        writer = Writer()
+        if request.op != Op.ROWS:
+            writer.add(as_bytes(self.table.weights_S))
+        for _, rows_UD in found:
+            if len(rows_UD):
+                writer.align()
+                writer.add(as_bytes(rows_UD.flatten()))
+        self._outlet.send(rank, Header(Op.WEIGHTS, version=version, flags=flags), writer.parts)
+        return found

@@ -1,7 +1,8 @@
 """Which server holds what: tables are cut into buckets, and each server takes one contiguous run of them.
 
-All tables (parameters under one name) lie end to end in one flat layout, so a run of buckets is one slice of the
-flat tensors: one message and one fused update, however many tables it crosses.
+All dense tables (parameters under one name) lie end to end in one flat layout, so a run of buckets is one slice of
+the flat tensors: one message and one fused update, however many tables it crosses. The rows of a sparse table are
+spread by a hash of their ids, so that each server has its share of those that are often used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from tricorn.ps.sparse.spec import BUCKETS
 from tricorn.state.flat import Entry
 
 BUCKET = 65_536  # elements; a quarter of a megabyte of float32 is the most by which a server can be off balance
@@ -42,6 +44,16 @@ def place(entries: Sequence[Entry], servers: int) -> tuple[tuple[int, int], ...]
     edges = [0, *(bucket.stop for bucket in buckets(entries))]
     cuts = [_nearest(edges, edges[-1] * server / servers) for server in range(servers + 1)]
     return tuple(pairwise(cuts))
+
+
+def bucket_stops(servers: int) -> tuple[int, ...]:
+    """For each server the end of its buckets of every sparse table: contiguous runs of 4096, equal to within one."""
+    return tuple(BUCKETS * (server + 1) // servers for server in range(servers))
+
+
+def bucket_ranges(servers: int) -> tuple[tuple[int, int], ...]:
+    """Each server's buckets [first, last + 1) of every sparse table."""
+    return tuple(pairwise((0, *bucket_stops(servers))))
 
 
 def _nearest(edges: Sequence[int], target: float) -> int:

@@ -2,12 +2,12 @@
 
 A stranger has five seconds to prove the secret, and at most ``MAX_STRANGERS`` try at once; whoever breaks the
 protocol is told so, read out for a second (or the reset would destroy the message) and dropped. Neither is
-noticed by anybody else.
+noticed by anybody else. Workers of this host are served through shared memory and the others through sockets, in
+turns: while there is something to do the loop only looks from one to the other, then it sleeps.
 """
 
 from __future__ import annotations
 
-import selectors
 import socket
 import threading
 import time
@@ -16,31 +16,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from ssl import SSLContext
+from typing import Any, TypeVar
 
 import msgspec
 
 from tricorn.comm.sockets import HANDSHAKE_SECONDS, Address, listen
 from tricorn.errors import ClusterError, PeerLost, ProtocolError, TricornError
-from tricorn.ps.connection import Connection, handshake
-from tricorn.ps.service import Beginning, Conversation, Service
-from tricorn.ps.wire import Header
+from tricorn.ps.connection import Claim, Connection, handshake
+from tricorn.ps.meter import Meter
+from tricorn.ps.service import Beginning, Conversation, Service, discard
+from tricorn.ps.watch import READ, WRITE, Watch
+from tricorn.ps.wire import IN_PLACE, PROTOCOL, Header, Op
 from tricorn.state.shards import Piece
 
 MAX_STRANGERS = 64
 _FAREWELL_SECONDS = 1.0
-_REPORT_SECONDS = 0.02  # how long an applied step may go unreported while the server is busy
+_REPORT_SECONDS = 0.02  # how long an applied step may go unreported
 
 T = TypeVar("T")
-
-
-class Claim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a worker proves to be: its rank among the workers, and the membership epoch it belongs to."""
-
-    channel: Literal["ps"]
-    rank: int
-    incarnation: int
-    epoch: int
 
 
 class Server:
@@ -48,7 +42,8 @@ class Server:
 
     ``on_snapshot(step, pieces)`` gets copies of the slice for a checkpoint; ``on_applied(steps)`` the steps newly
     in the weights of an asynchronous run. Both are called by the thread that runs ``serve_forever`` and should
-    return soon. The other methods are for any other thread, and return when the loop has done what they say.
+    return soon. ``memory_limit``, in bytes, is for the rows of sparse tables; ``tls`` encrypts what comes by sockets.
+    The other methods are for any other thread, and return when the loop has done what they say.
     """
 
     def __init__(
@@ -58,19 +53,24 @@ class Server:
         *,
         on_snapshot: Callable[[int, list[Piece]], None],
         on_applied: Callable[[list[int]], None],
+        port: int = 0,
+        memory_limit: int | None = None,
+        tls: SSLContext | None = None,
     ) -> None:
-        self.bytes_sent = 0
+        self._meter = Meter()
         self._secret = secret
         self._on_snapshot = on_snapshot
         self._on_applied = on_applied
-        self._listener = listen(host)
+        self._tls = tls
+        self._listener = listen(host, port)
         self._listener.setblocking(False)
         self.address: Address = self._listener.getsockname()[:2]
-        self._service = Service(self)
+        self._service = Service(self, memory_limit=memory_limit)
         self._epoch = -1  # the last that was begun
-        self._selector = selectors.DefaultSelector()
+        self._watch = Watch()
         self._strangers: dict[Connection, None] = {}  # not admitted, or being turned away; oldest first
         self._workers: dict[int, Connection] = {}
+        self._attended: Connection | None = None
         self._unreported_since: float | None = None
         self._wake, self._woken = socket.socketpair()
         self._woken.setblocking(False)
@@ -78,6 +78,10 @@ class Server:
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running = True
         self._closed = False
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._meter.bytes_sent
 
     # For the thread that controls the server.
 
@@ -119,8 +123,8 @@ class Server:
         return self._call(lambda: self._service.applied)
 
     def staleness(self) -> dict[int, int]:
-        """Asynchronous: how many gradients were computed from weights so many versions old."""
-        return self._call(lambda: self._service.staleness)
+        """How many gradients were computed from weights so many versions old. Any thread may ask at any time."""
+        return self._service.staleness
 
     def stop(self) -> None:
         """Have ``serve_forever`` close every connection and return. A server that has stopped stays stopped."""
@@ -140,8 +144,8 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve until ``stop``. An exception of ``on_snapshot`` or ``on_applied`` ends it."""
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._woken, selectors.EVENT_READ, self._obey)
+        self._watch.call(self._listener, self._accept)
+        self._watch.call(self._woken, self._obey)
         try:
             while self._running:
                 self._turn()
@@ -149,12 +153,13 @@ class Server:
             self._close()
 
     def _turn(self) -> None:
-        ready = self._selector.select(self._patience())
-        for key, events in ready:
-            if isinstance(key.data, Connection):
-                self._attend(key.data, events)
+        going_on = [(connection, WRITE) for connection in self._workers.values() if connection.more]
+        ready = self._watch.ready(going_on, self._patience())
+        for connection_or_task, events in ready:
+            if isinstance(connection_or_task, Connection):
+                self._attend(connection_or_task, events)
             else:
-                key.data()
+                connection_or_task()
         while self._service.changed:
             self._service.changed = False
             for connection in [c for c in (*self._workers.values(), *self._strangers) if c.waiting]:
@@ -166,44 +171,34 @@ class Server:
             self._unreported_since = None
         elif self._unreported_since is None:
             self._unreported_since = now
-        elif not ready or now - self._unreported_since >= _REPORT_SECONDS:
+        elif now - self._unreported_since >= _REPORT_SECONDS:
             self._report()
 
     def _patience(self) -> float | None:
+        moments = [connection.deadline for connection in self._strangers]
         if self._unreported_since is not None:
-            return 0.0
-        if not self._strangers:
-            return None
-        return max(0.0, min(c.deadline for c in self._strangers) - time.monotonic())
+            moments.append(self._unreported_since + _REPORT_SECONDS)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _attend(self, connection: Connection, events: int) -> None:
         """Do what the connection is ready for; a worker that waited may go on with no event at all."""
         if connection.closed:  # earlier in this turn
             return
+        self._attended = connection
         try:
+            if events & READ:
+                connection.arrived()
             if not events:
                 connection.advance()
-            if events & selectors.EVENT_READ:
-                connection.receive()
-            self.bytes_sent += connection.flush()
+            self._meter.bytes_received += connection.receive()
+            self._meter.bytes_sent += connection.flush()
         except (OSError, EOFError):
             self._drop(connection)
         except TricornError as error:
             self._turn_away(connection, error)
         else:
-            self._watch(connection)
-
-    def _watch(self, connection: Connection) -> None:
-        events = selectors.EVENT_READ * connection.reading | selectors.EVENT_WRITE * connection.writing
-        if events == connection.watched:
-            return
-        if not events:
-            self._selector.unregister(connection.sock)
-        elif connection.watched:
-            self._selector.modify(connection.sock, events, connection)
-        else:
-            self._selector.register(connection.sock, events, connection)
-        connection.watched = events
+            self._watch.adjust(connection)
+        self._attended = None
 
     # Coming and going.
 
@@ -215,19 +210,29 @@ class Server:
         except OSError:  # out of descriptors: the caller stays in the backlog, and the loop must not spin on it
             time.sleep(0.05)
             return
-        connection = Connection(sock, time.monotonic() + HANDSHAKE_SECONDS)
+        connection = Connection(sock, time.monotonic() + HANDSHAKE_SECONDS, self._tls)
         connection.begin(self._meet(connection))
         self._strangers[connection] = None
-        self._watch(connection)
+        self._watch.adjust(connection)
         self._limit_strangers()
 
     def _meet(self, connection: Connection) -> Conversation:
         claimed = yield from handshake(connection, self._secret)
         connection.proved = True
+        if (spoken := claimed.get("protocol", PROTOCOL)) != PROTOCOL:
+            raise ProtocolError(f"the worker speaks version {spoken} of the protocol, this server version {PROTOCOL}")
+        if claimed == {"channel": "stats"}:
+            document = msgspec.json.encode(self._meter.read() | self._service.stats() | {"workers": len(self._workers)})
+            connection.queue([memoryview(Header(Op.STATS, length=len(document)).pack()), memoryview(document)])
+            yield from discard(1 << 62)
         try:
             claim = msgspec.convert(claimed, Claim)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"a claim that cannot be read: {error}") from None
+        if claim.segment:
+            connection.share(claim.segment)
+            if connection.side:
+                self._watch.share(connection)
         while not (beginning := self._service.beginning) or claim.epoch > beginning.epoch:
             if claim.epoch <= self._epoch:
                 break
@@ -255,7 +260,7 @@ class Server:
             return
         connection.turn_away(error, time.monotonic() + _FAREWELL_SECONDS)
         self._strangers[connection] = None
-        self._attend(connection, selectors.EVENT_WRITE)
+        self._attend(connection, WRITE)
 
     def _limit_strangers(self) -> None:
         # A real worker proves the secret within a millisecond, so the oldest of many that have not is not one.
@@ -271,11 +276,8 @@ class Server:
 
     def _drop(self, connection: Connection) -> None:
         self._forget(connection)
-        if connection.watched:
-            self._selector.unregister(connection.sock)
-            connection.watched = 0
-        connection.closed = True
-        connection.sock.close()
+        self._watch.forget(connection)
+        connection.close()
 
     # Commands.
 
@@ -315,7 +317,7 @@ class Server:
             self._closed = True
         for connection in [*self._workers.values(), *self._strangers]:
             self._drop(connection)
-        self._selector.close()
+        self._watch.close()
         for sock in (self._listener, self._wake, self._woken):
             sock.close()
         for _, future in self._commands:
@@ -323,12 +325,18 @@ class Server:
 
     # What the service needs of the world.
 
-    def send(self, rank: int, header: Header, payload: memoryview | None = None) -> None:
-        if connection := self._workers.get(rank):
-            connection.queue(header._replace(length=len(payload) if payload else 0).pack(), payload)
+    def send(self, rank: int, header: Header, parts: Sequence[memoryview] = ()) -> None:
+        if not (connection := self._workers.get(rank)):
+            return
+        if header.flags & IN_PLACE and header.op == Op.WEIGHTS and not connection.informed:
+            connection.informed = True
+            parts = [memoryview(self._service.places())]
+        connection.queue([memoryview(header.pack(sum(map(len, parts)) if parts else 0)), *parts])
+        self._meter.answered(time.monotonic() - connection.asked)
+        if connection is not self._attended:  # who is attended to gets all replies at once
             with suppress(OSError):  # whoever is gone is noticed where it is read from
-                self.bytes_sent += connection.flush()
-            self._watch(connection)
+                self._meter.bytes_sent += connection.flush()
+            self._watch.adjust(connection)
 
     def before_update(self) -> None:
         for connection in self._workers.values():

@@ -1,22 +1,33 @@
 """A server's side of the conversation with its workers, as generators that know no socket.
 
-``converse`` yields the memory that the next bytes belong in, and None while the worker has to wait for others.
+``converse`` yields the memory that the next bytes belong in, and None while the worker has to wait for others. Who
+has a payload in memory already may send that in return instead of filling what was yielded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
 
 from tricorn.errors import ClusterError, ProtocolError
-from tricorn.ps.modes import Asynchronous, Mode, Outlet, new_mode
+from tricorn.ps import memory
+from tricorn.ps.asynchronous import Asynchronous
+from tricorn.ps.modes import Mode, Outlet
+from tricorn.ps.synchronous import Synchronous
 from tricorn.ps.table import Table, read_description
 from tricorn.ps.wire import HEADER, MAX_DOCUMENT, WANTED, Header, Op, as_bytes
 
-Conversation = Generator[memoryview | None, None, None]
+Conversation = Generator[memoryview | None, memoryview | None, None]
 
-_REQUESTS = frozenset((Op.CREATE, Op.LOAD, Op.STATUS, Op.PUSH, Op.PULL, Op.SNAPSHOT, Op.IDLE))
+HOT = 5  # ids of each table that statistics name
+_MAX_LOAD = 16 << 20  # bytes of rows in one LOAD
+_REQUESTS = frozenset(
+    (Op.CREATE, Op.LOAD, Op.STATUS, Op.PUSH, Op.PULL, Op.SNAPSHOT, Op.IDLE, Op.ROWS, Op.BARRIER, Op.PUSH_PULL)
+)
 _nowhere = memoryview(bytearray(1 << 16))  # where bytes go that nobody wants
 
 
@@ -33,32 +44,57 @@ class Beginning(NamedTuple):
 
 
 class Service:
-    """All that a server holds and does for its workers. Not thread-safe: it belongs to the server's loop."""
+    """All that a server holds and does for its workers. Not thread-safe: it belongs to the server's loop.
 
-    def __init__(self, outlet: Outlet) -> None:
+    ``memory_limit``, in bytes, is for the rows of all sparse tables together; None means the machine's memory.
+    """
+
+    def __init__(self, outlet: Outlet, *, memory_limit: int | None = None) -> None:
+        self._memory_limit = memory_limit
         self.beginning: Beginning | None = None  # None while no worker is welcome
         self.changed = False  # whether somebody who waits may have waited long enough
         self._outlet = outlet
         self._mode: Mode | None = None
         self._unloaded: Mode | None = None  # created, but still without its initial weights
+        self._barriers = 0  # that all have passed
+        self._at_barrier: set[int] = set()
+        self._left: set[int] = set()  # ranks that were here in this epoch
         self._open = False  # whether rank 0 of this epoch has said what is held
 
     def regroup(self) -> list[int]:
         """Stop serving; returns the steps (or the generation) this server could go on from."""
-        self.beginning = self._unloaded = None
+        self.beginning = None
+        self._drop_unloaded()
         self._open = False
         return self._mode.steps() if self._mode else []
 
     def begin(self, beginning: Beginning) -> None:
         """Serve the workers of a new membership epoch. Raises ClusterError if there is nothing to keep."""
         if beginning.source != "keep":
-            self._mode = None  # its memory is free before the next is made
+            self._drop()  # its memory is free before the next is made
         elif self._mode is None:
             raise ClusterError("this server holds nothing that it could go on from")
         else:
             self._mode.begin(beginning.step, beginning.workers)
         self.beginning = beginning
+        self._at_barrier.clear()
+        self._left.clear()
         self.changed = True
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._drop()
+        self._drop_unloaded()
+
+    def _drop(self) -> None:
+        if self._mode:
+            self._mode.table.close()
+        self._mode = None
+
+    def _drop_unloaded(self) -> None:
+        if self._unloaded:
+            self._unloaded.table.close()
+        self._unloaded = None
 
     def snapshot(self, step: int) -> None:
         """Hand out copies of what is held, as the state of ``step``."""
@@ -85,17 +121,48 @@ class Service:
     @property
     def staleness(self) -> dict[int, int]:
         """How often a gradient was computed from weights so many versions old."""
-        return dict(self._mode.staleness) if isinstance(self._mode, Asynchronous) else {}
+        mode = self._mode  # read once: another thread may ask
+        return dict(mode.staleness) if mode else {}
+
+    def stats(self) -> dict[str, Any]:
+        """What is held, and how old gradients were (docs/protocol.md)."""
+        if self._mode is None:
+            return {"dense": None, "tables": [], "staleness": {}}
+        table = self._mode.table
+        description = table.description
+        dense = {
+            "parameters": len(description.tables), "elements": description.stop - description.start,
+            "bytes": sum(tensor.nbytes for tensor in table.tensors().values()), "consistency": description.consistency,
+        }  # fmt: skip
+        tables = [
+            {"name": sparse.spec.name, "dim": sparse.spec.dim, "rows": sparse.rows, "bytes": sparse.nbytes,
+             "consistency": description.row_consistency, "hot": sparse.hottest(HOT)}
+            for sparse in table.sparse
+        ]  # fmt: skip
+        return {"dense": dense, "tables": tables, "staleness": self.staleness}
+
+    def places(self) -> bytes:
+        """What workers of this host need to read parameters in place."""
+        from tricorn.ps.places import Places
+
+        assert self._mode
+        table = self._mode.table
+        tickets = tuple(sparse.ticket for sparse in table.sparse)
+        return msgspec.json.encode(Places(weights=memory.ticket(table.weights_S), tables=tickets))
 
     def leave(self, rank: int) -> None:
         """The worker of that rank is gone."""
         self.changed = True
+        self._at_barrier.discard(rank)
+        self._left.add(rank)
         if self._mode:
             self._mode.leave(rank)
 
     def converse(self, rank: int) -> Conversation:
         """Serve one worker for as long as it behaves; raises TricornError when it does not."""
         header = memoryview(bytearray(HEADER.size))
+        greeted: Mode | None = None
+        self._left.discard(rank)
         while True:
             yield header
             request = Header.unpack(header)
@@ -105,46 +172,111 @@ class Service:
                 yield from self._create(rank, request)
             elif request.op == Op.LOAD:
                 yield from self._load(rank, request)
+            elif request.op == Op.BARRIER:
+                yield from self._barrier(rank, request)
             else:
                 while not (self._open and self._mode and self._mode.ready(rank, request)):
                     yield None
-                room = self._mode.room(rank, request)
-                yield from discard(request.length) if room is None else (room,)
-                self._mode.handle(rank, request)
+                mode = self._mode
+                if greeted is not mode:
+                    mode.greet(rank)
+                    greeted = mode
+                room = mode.room(rank, request)
+                if room is None:
+                    yield from discard(request.length)
+                    mode.handle(rank, request, memoryview(b""))
+                else:
+                    lent = yield room
+                    if lent and mode.keeps_payloads:
+                        room[:], lent = lent, None  # its owner may write to it before it is used
+                    mode.handle(rank, request, lent or room)
+                self.changed = True  # what was pushed may free others, though its own answer has to wait
+                while not mode.answered(rank):
+                    yield None
             self.changed = True
+
+    def _barrier(self, rank: int, request: Header) -> Conversation:
+        if request.length:
+            raise ProtocolError("a barrier has no payload")
+        assert self.beginning
+        if isinstance(self._mode, Asynchronous):
+            self._mode.idle(rank)  # who waits here holds nobody up who has further to go
+            self.changed = True
+        self._at_barrier.add(rank)
+        number = self._barriers
+        while number == self._barriers:
+            if self._at_barrier | self._left >= {*range(self.beginning.workers)}:
+                self._barriers += 1
+                self._at_barrier.clear()
+            else:
+                yield None
+        self._outlet.send(rank, Header(Op.DONE))
 
     def _create(self, rank: int, request: Header) -> Conversation:
         if rank != 0 or request.length > MAX_DOCUMENT:
             raise ProtocolError(f"a description of {request.length} bytes from rank {rank}")
-        document = bytearray(request.length)
-        yield memoryview(document)
-        description = read_description(document)
+        room = memoryview(bytearray(request.length))
+        description = read_description(bytes((yield room) or room))
         if self._mode:
             if description != self._mode.table.description:
                 raise ProtocolError("the tables are not those that this server holds")
         else:
             assert self.beginning
-            _, step, source, checkpoint, workers, generation, applied = self.beginning
-            mode = new_mode(
-                Table(description), self._outlet, workers=workers, step=step, generation=generation, applied=applied
-            )
+            _, step, source, checkpoint, *_ = self.beginning
+            table = Table(description, memory_limit=self._memory_limit)
+            mode = _new_mode(table, self._outlet, self.beginning)
             if source == "initial":
                 self._unloaded = mode
                 self._outlet.send(rank, Header(Op.CREATED, flags=WANTED))
                 return
             assert checkpoint
-            mode.table.load(checkpoint, step)
+            try:
+                table.load(checkpoint, step)
+            except BaseException:
+                table.close()
+                raise
             self._mode = mode
         self._open = True
         self._outlet.send(rank, Header(Op.CREATED))
 
     def _load(self, rank: int, request: Header) -> Conversation:
+        """Initial weights: rows of sparse table ``step`` - 1 from ``version`` on, or, at last, the dense slice."""
         mode = self._unloaded
-        if rank != 0 or mode is None or request.length != mode.table.description.bytes:
-            raise ProtocolError(f"{request.length} bytes of initial weights from rank {rank}, which are not due")
-        yield as_bytes(mode.table.weights_S)
-        self._mode, self._unloaded, self._open = mode, None, True
+        if rank != 0 or mode is None:
+            raise ProtocolError(f"initial weights from rank {rank}, which are not due")
+        if request.step:
+            yield from self._load_rows(mode.table, request)
+        elif request.length != (due := mode.table.description.bytes):
+            raise ProtocolError(f"{request.length} bytes of initial weights, where {due} are due")
+        else:
+            weights = as_bytes(mode.table.weights_S)
+            if given := (yield weights):
+                weights[:] = given
+            self._mode, self._unloaded, self._open = mode, None, True
         self._outlet.send(rank, Header(Op.DONE))
+
+    @staticmethod
+    def _load_rows(table: Table, request: Header) -> Conversation:
+        if not 1 <= request.step <= len(table.sparse):
+            raise ProtocolError(f"there is no sparse table {request.step - 1}, only {len(table.sparse)}")
+        spec = table.description.sparse[request.step - 1]
+        dtype = np.dtype(spec.dtype)
+        rows, rest = divmod(request.length, spec.dim * dtype.itemsize)
+        if rest or request.length > _MAX_LOAD or not 0 <= request.version <= spec.prefilled - rows:
+            raise ProtocolError(
+                f"{request.length} bytes for the rows of table {spec.name!r} from {request.version} on, "
+                f"which has {spec.prefilled} of {spec.dim * dtype.itemsize} bytes"
+            )
+        room = memoryview(bytearray(request.length))
+        weights_RD = np.frombuffer((yield room) or room, dtype).reshape(rows, spec.dim)
+        table.sparse[request.step - 1].fill(request.version, weights_RD)
+
+
+def _new_mode(table: Table, outlet: Outlet, beginning: Beginning) -> Mode:
+    _, step, _, _, workers, generation, applied = beginning
+    if table.description.consistency == "bsp":
+        return Synchronous(table, outlet, workers=workers, step=step)
+    return Asynchronous(table, outlet, step=step, generation=generation, applied=applied)
 
 
 def discard(count: int) -> Conversation:

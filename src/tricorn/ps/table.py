@@ -1,29 +1,44 @@
-"""What one server holds: its slice of the weights and optimizer slots, described, filled, updated and copied out.
+"""What one server holds: a slice of the dense weights and their optimizer slots, and its rows of the sparse tables.
 
-Legend: S elements of this server's slice of the flat layout.
+Legend: S elements of this server's slice of the flat layout; U ids of one sparse table; D elements of a row.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 import psutil
 import torch
 from torch import Tensor
 
-from tricorn.errors import PlanError, ProtocolError
+from tricorn.errors import Diverged, PlanError, ProtocolError
 from tricorn.optim import Optimizer
-from tricorn.plan import Consistency
+from tricorn.plan import Consistency, Stale
+from tricorn.ps import memory
+from tricorn.ps.blocks import Ids
+from tricorn.ps.sparse.spec import BUCKETS, TableSpec
 from tricorn.state.flat import Entry, flat_pieces, layout
+from tricorn.state.row_shards import CHUNK, read_rows, row_pieces
 from tricorn.state.shards import CheckpointReader, Piece
 
+if TYPE_CHECKING:
+    from tricorn.ps.sparse.store import SparseTable
+
+MAX_TABLES = 1024
 _Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker asks a server to hold: elements [start, stop) of all tables, and how to update them."""
+    """What a worker asks a server to hold, and how to update it.
+
+    Elements [start, stop) of all dense tables, and of each sparse table the buckets that its spec says. ``staleness``
+    bounds SSP, and what ``drop`` lets through; ``compensation`` is the lambda of delay compensation.
+    """
 
     tables: tuple[tuple[str, tuple[_Natural, ...]], ...]  # name and shape, in the order of the flat layout
     dtype: Literal["float32", "float64"]
@@ -32,6 +47,14 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     optimizer: Optimizer
     consistency: Consistency
     staleness: _Natural
+    sparse: Annotated[tuple[TableSpec, ...], msgspec.Meta(max_length=MAX_TABLES)] = ()
+    sparse_consistency: Consistency | None = None  # None: as the dense part
+    stale: Stale = "keep"
+    compensation: _Share = 0.04  # as Zheng et al. 2017 found best for CIFAR-10
+
+    @property
+    def row_consistency(self) -> Consistency:
+        return self.sparse_consistency or self.consistency
 
     @property
     def bytes(self) -> int:
@@ -50,6 +73,8 @@ def read_description(document: bytes | bytearray) -> Description:
     entries = layout(description.tables)
     if not description.start <= description.stop <= (entries[-1].stop if entries else 0):
         raise ProtocolError(f"a slice [{description.start}, {description.stop}) that the tables do not have")
+    for mistake in _mistakes(description):
+        raise ProtocolError(mistake)
     needed = description.bytes * (2 + len(description.optimizer.slots))
     if needed > psutil.virtual_memory().total:
         raise PlanError(
@@ -58,25 +83,69 @@ def read_description(document: bytes | bytearray) -> Description:
     return description
 
 
-class Table:
-    """The slice as it is trained: ``weights_S`` and the optimizer's ``slots``, all zero until loaded."""
+def _mistakes(description: Description) -> list[str]:
+    found = []
+    for spec in description.sparse:
+        wrong = [*spec.declared.mistakes(), *spec.optimizer.mistakes()]
+        if not 0 < spec.dim <= 1 << 20 or not 0 <= spec.prefilled < 2**40 or not 0 <= spec.seed < 2**63:
+            numbers = (spec.dim, spec.prefilled, spec.seed)
+            found.append(f"sparse table {spec.name!r} has an impossible dim, prefilled or seed: {numbers}")
+        if not 0 <= spec.buckets[0] <= spec.buckets[1] <= BUCKETS:
+            found.append(f"sparse table {spec.name!r} has no buckets {spec.buckets} of {BUCKETS}")
+        found += [f"sparse table {spec.name!r} cannot run: {field} is {given}" for field, given, _ in wrong]
+    if description.consistency != "bsp" and description.row_consistency == "bsp":
+        found.append("rows cannot be synchronous (bsp) where dense parameters are not")
+    return found
 
-    def __init__(self, description: Description) -> None:
+
+class Gradients(NamedTuple):
+    """Of what a server holds: the dense slice (S); for each sparse table ids (U) and their rows' gradients (U, D)."""
+
+    dense_S: Tensor
+    rows: list[tuple[Ids, Tensor]]
+
+    def flats(self) -> list[Tensor]:
+        """All elements, as flat views."""
+        return [self.dense_S, *(grads_UD.flatten() for _, grads_UD in self.rows)]
+
+    def check_finite(self, step: int, names: Sequence[str]) -> None:
+        """Raise Diverged if a number is not finite; ``names`` are those of the sparse tables."""
+        for name, grad in zip(("the dense parameters", *names), self.flats(), strict=True):
+            # A sum is not finite if an element is not, and takes half the time; it may also just be too large.
+            if not math.isfinite(grad.sum().item()) and not torch.isfinite(grad).all():
+                raise Diverged(f"the gradient of {name} is not finite in step {step}")
+
+
+class Table:
+    """The server's part as it is trained: ``weights_S``, the optimizer's ``slots``, and the ``sparse`` tables.
+
+    The weights lie in shared memory and are zero until loaded; rows begin when they are first updated.
+    ``memory_limit``, in bytes, is for all sparse tables together; None means the machine's memory.
+    """
+
+    def __init__(self, description: Description, *, memory_limit: int | None = None) -> None:
         self.description = description
         self.entries: tuple[Entry, ...] = layout(description.tables)
-        self.weights_S = self.empty().zero_()
+        self.dtype: torch.dtype = getattr(torch, description.dtype)
+        self.weights_S = memory.zeros(description.stop - description.start, self.dtype)
         self.slots = {slot: torch.zeros_like(self.weights_S) for slot in description.optimizer.slots}
+        self.sparse: tuple[SparseTable, ...] = ()
+        if description.sparse:
+            from tricorn.ps.sparse.store import SparseTable
 
-    def empty(self) -> Tensor:
-        """Room for one gradient, S elements."""
-        description = self.description
-        return torch.empty(description.stop - description.start, dtype=getattr(torch, description.dtype))
+            limit = None if memory_limit is None else memory_limit // len(description.sparse)
+            self.sparse = tuple(SparseTable(spec, memory_limit=limit) for spec in description.sparse)
+
+    def close(self) -> None:
+        """Give the memory of the rows back."""
+        for table in self.sparse:
+            table.close()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"param": self.weights_S} | {f"optim/{slot}": tensor for slot, tensor in self.slots.items()}
 
     def load(self, folder: Path, step: int) -> None:
-        """Take the slice from a checkpoint.
+        """Take the server's part from a checkpoint, written by any number of servers or another strategy.
 
         Raises CheckpointDamaged if the checkpoint does not have it, UsageError if it has other tables.
         """
@@ -89,11 +158,47 @@ class Table:
                     key = f"{prefix}/{entry.name}"
                     stored = reader.read_slice(key, entry.shape, low - entry.start, high - entry.start)
                     flat_S[low - start : high - start] = stored
+        for table in self.sparse:
+            self._load_rows(reader, table)
 
-    def update(self, grad_S: Tensor, *, step: int, lr: float) -> None:
-        """Apply a gradient as update number ``step``, from 1; the gradient is used up."""
-        self.description.optimizer.update(self.weights_S, grad_S, self.slots, step=step, lr=lr)
+    @staticmethod
+    def _load_rows(reader: CheckpointReader, table: SparseTable) -> None:
+        from tricorn.ps.sparse.rows import slot_widths
+        from tricorn.ps.sparse.store import Rows
+
+        spec = table.spec
+        slots = slot_widths(spec.optimizer, spec.dim)
+        for chunk in read_rows(reader, spec.name, spec.dim, slots, getattr(torch, spec.dtype)):
+            table.load(Rows(*chunk))
+
+    def update(self, gradients: Gradients, *, step: int, factor: float) -> None:
+        """Apply gradients as update number ``step``, from 1; they are used up.
+
+        Every optimizer's rate is multiplied by ``factor``. Raises Diverged and TableFull before anything is changed.
+        """
+        if len(self.sparse) > 1:  # one judges itself
+            for table, (ids_U, _) in zip(self.sparse, gradients.rows, strict=True):
+                table.check(ids_U)
+        for table, (ids_U, grads_UD) in zip(self.sparse, gradients.rows, strict=True):
+            if len(ids_U):
+                table.update(ids_U, grads_UD.numpy(), step=step, lr=table.spec.optimizer.lr * factor)
+            table.tick(step)
+        optimizer = self.description.optimizer
+        optimizer.update(self.weights_S, gradients.dense_S, self.slots, step=step, lr=optimizer.lr * factor)
+
+    def gather(self, table: int, ids_U: Ids) -> Tensor:
+        """Copies of these rows (U, D)."""
+        spec = self.description.sparse[table]
+        rows_UD = torch.empty(len(ids_U), spec.dim, dtype=getattr(torch, spec.dtype))
+        if len(ids_U):
+            self.sparse[table].gather(ids_U, rows_UD.numpy())
+        return rows_UD
 
     def pieces(self) -> list[Piece]:
-        """Copies of the slice, as a checkpoint stores them."""
-        return flat_pieces(self.tensors(), self.entries, self.description.start, self.description.stop)
+        """Copies of the server's part, as a checkpoint stores them."""
+        dense = flat_pieces(self.tensors(), self.entries, self.description.start, self.description.stop)
+        return dense + [
+            piece
+            for table in self.sparse
+            for piece in row_pieces(table.spec.name, table.spec.buckets[0], table.export(CHUNK))
+        ]

@@ -1,118 +1,29 @@
-"""A worker of parameter server training: gradients go to the servers, weights come back.
-
-Legend: N elements of all trainable parameters.
-"""
+"""The trainers of parameter server training: gradients go to the servers, weights and rows come back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from tricorn.ps.client import Ack, Client
-from tricorn.ps.placement import place
-from tricorn.ps.table import Description
-from tricorn.state.flat import FlatParameters, build_model, device_of
-from tricorn.state.gradient import (
-    check_finite,
-    clip_factor,
-    forward_backward,
-    judge_share,
-    learning_rate,
-    squared_norm,
-)
-from tricorn.state.shards import CheckpointReader, Piece
+from tricorn.ps.client import Ack
+from tricorn.ps.lookup import Ahead
+from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.worker import Worker
+from tricorn.state.gradient import check_finite, clip_factor, squared_norm
+from tricorn.state.shards import Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
 
-
-class _Worker:
-    """What both kinds have in common: the model, the servers, and taking a seat."""
-
-    part: str | None = None
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._job = context.job
-        self._flat = FlatParameters(build_model(context.job), device_of(context.job))
-        # The wire reads and writes CPU memory; on the CPU these are the flat tensors themselves.
-        self._weights_N: Tensor = self._flat.weights_N.to("cpu")
-        self._grads_N: Tensor = self._flat.grads_N.to("cpu")
-        self._fresh = True  # the model still has its initial weights
-        self._connected: Client | None = None
-        self._sent_before = 0  # by the clients of earlier epochs
-
-    @property
-    def bytes_sent(self) -> int:
-        client = self._connected  # read once: another thread may ask while this one closes
-        return self._sent_before + (client.bytes_sent if client else 0)
-
-    @property
-    def _client(self) -> Client:
-        assert self._connected is not None, "join before anything else"
-        return self._connected
-
-    def held(self) -> int | None:
-        """The weights are the servers' to hold."""
-        return None
-
-    def join(self, seat: Seat) -> None:
-        self.close()
-        context, plan = self._context, self._context.plan
-        if seat.source == "initial" and not self._fresh:
-            anew = build_model(self._job)
-            self._flat.module.load_state_dict(anew.state_dict())
-            for buffer, initial in zip(self._flat.module.buffers(), anew.buffers(), strict=True):
-                buffer.copy_(initial)  # a state dict need not have them all
-        elif seat.source == "checkpoint":
-            assert seat.checkpoint is not None
-            self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
-        slices = place(self._flat.entries, len(seat.servers))
-        self._connected = client = Client(
-            seat.servers, slices, context.secret, rank=context.rank, incarnation=context.incarnation, epoch=seat.epoch
-        )
-        client.connect()
-        if context.rank == 0:
-            tables = tuple((entry.name, entry.shape) for entry in self._flat.entries)
-            descriptions = [
-                Description(
-                    tables=tables,
-                    dtype="float64" if self._weights_N.dtype == torch.float64 else "float32",
-                    start=start,
-                    stop=stop,
-                    optimizer=self._job.optimizer,
-                    consistency=plan.consistency,
-                    staleness=plan.staleness,
-                )
-                for start, stop in slices
-            ]
-            client.create(descriptions, lambda: self._weights_N.copy_(self._flat.weights_N))
-        self._fresh = False
-
-    def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
-        judge_share(self._job, self._flat.module, batch, judge)
-
-    def interrupt(self) -> None:
-        if client := self._connected:
-            client.interrupt()
-
-    def close(self) -> None:
-        if client := self._connected:
-            self._sent_before += client.bytes_sent
-            self._connected = None
-            client.close()
-
-    def _gradient(self, batch: Batch) -> float:
-        """Fill ``_grads_N`` with the gradient sum of the batch; returns the loss sum."""
-        self._flat.grads_N.zero_()
-        loss_sum = forward_backward(self._job, self._flat.module, batch)
-        self._grads_N.copy_(self._flat.grads_N)
-        return loss_sum
+if TYPE_CHECKING:
+    from tricorn.ps.client import Reading
 
 
-class BspTrainer(_Worker):
-    """Fulfils ``tricorn.strategy.Trainer``: all workers contribute to each step, and it is applied once decided."""
+class BspTrainer(Worker):
+    """Fulfils ``tricorn.strategy.Trainer``: all workers contribute to each step, and it is applied once decided.
+
+    The weights of a step are pulled when it begins, together with the rows that its batch needs.
+    """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -120,6 +31,13 @@ class BspTrainer(_Worker):
         self.part = "buffers" if context.rank == 0 and next(self._flat.module.buffers(), None) is not None else None
         self._step: int | None = None  # the step that the buffers belong to: all before it are decided
         self._buffers_before: tuple[int, list[Tensor]] = (-1, [])  # a step, and the buffers it began with
+        self._pulled = -1  # the version of the weights here
+        self._rates = (1.0, 1.0)  # clipping's and the schedule's, of the step decided last
+        plan = context.plan
+        # Rows that may be older than the step are read while the step before computes, if their bound allows it.
+        self._loose = bool(self._tables) and plan.sparse_consistency in ("ssp", "asp")
+        self.foresees = self._loose and (plan.sparse_consistency == "asp" or plan.staleness > 0)
+        self._reading: tuple[Ahead, Reading] | None = None  # rows that were asked for in the step before
 
     def held(self) -> int | None:
         """The step of the buffers that only rank 0 has, if the model has any.
@@ -138,44 +56,83 @@ class BspTrainer(_Worker):
             for buffer, before in zip(self._flat.module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         # A step that is decided but not applied everywhere is applied by this pull.
-        ack = self._client.status(seat.step - 1)
-        self._pull(seat.step, ack)
+        self._pulled = -1
+        if ack := self._client.status(seat.step - 1):
+            self._decided(seat.step - 1, ack)
+        self._step = seat.step
+        self._pull()
 
     def share(self, samples: int) -> tuple[int, int]:
         return even_share(samples, self._context.rank, self._context.plan.workers)
 
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
+        assert step == self._step
         self._buffers_before = (step, [buffer.clone() for buffer in self._flat.module.buffers()])
-        loss_sum = self._gradient(batch)
-        ack = self._client.push_sum(step, (loss_sum, batch.count, batch.samples, *wishes), self._grads_N)
-        self._pull(step + 1, ack)
+        ahead = self._ahead(step, batch)
+        bases = None
+        if self._loose:
+            bases = self._read_loosely(ahead)
+        else:
+            self._pull(ahead.wanted)
+        loss_sum, rows = self._gradient(batch, ahead)
+        status = (loss_sum, batch.count, batch.samples, *wishes)
+        with self._pushing():
+            ack = self._client.push_sum(step, status, self._grads_N, rows, bases=bases)
+        self._decided(step, ack)
         return Outcome.of(ack.status)
+
+    def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
+        self._pull()
+        super().evaluate(batch, samples, judge)
 
     def pieces(self) -> Sequence[Piece]:
         """Rank 0 has the servers save the weights of this step, and adds the buffers, which they do not have."""
         if self._context.rank != 0:
             return []
         assert self._step is not None
+        self._pull()
         self._client.snapshot(self._step)
         return self._flat.buffer_pieces()
 
-    def _pull(self, version: int, ack: Ack | None) -> None:
-        """Take the weights of that version; ``ack`` is what the step before it came to, if that is known."""
-        scale, lr = 1.0, 0.0
-        if ack:
-            check_finite(version - 1, Outcome.of(ack.status))
-            scale, lr = clip_factor(self._job, ack.squared_norm), learning_rate(self._job, version - 1)
-        self._step = version
-        self._client.pull_version(version, self._weights_N, scale=scale, lr=lr)
+    def _decided(self, step: int, ack: Ack) -> None:
+        check_finite(step, Outcome.of(ack.status))
+        self._rates = clip_factor(self._job, ack.squared_norm), self._factor(step)
+        self._step = step + 1
+
+    def _read_loosely(self, ahead: Ahead) -> list[int] | None:
+        """Have the rows of this step here, and ask for those of the next; returns the versions they were read from."""
+        asked, self._reading = self._reading, None
+        self._pull()
+        bases = asked[1].wait() if asked and asked[0] is ahead else self._read(ahead.wanted)
+        for following in self._foreseen.values():
+            if following.wanted:
+                self._reading = following, self._client.ask_rows(following.wanted, ahead=1)
+        return bases or None
+
+    def _pull(self, wanted: Sequence[Wanted] = ()) -> None:
+        """Have the weights of this step here, and the rows that are wanted."""
+        assert self._step is not None
+        if self._pulled == self._step and not wanted:
+            return
+        scale, factor = self._rates
+        self._client.pull_version(self._step, self._weights_N, wanted, scale=scale, factor=factor)
         self._flat.weights_N.copy_(self._weights_N)
+        self._pulled = self._step
 
 
-class AsyncTrainer(_Worker):
-    """Fulfils ``tricorn.strategy.LeasedTrainer``: each worker turns whole batches into updates by itself."""
+class AsyncTrainer(Worker):
+    """Fulfils ``tricorn.strategy.LeasedTrainer``: each worker turns whole batches into updates by itself.
+
+    Where the next batch is known, one round trip brings this one's gradients to the servers and the weights and rows
+    for the next back. It is awaited when the next step begins: meanwhile the batch after that is prepared.
+    """
+
+    foresees = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._versions: list[int] = []  # by server, of the weights this worker has
+        self._coming: tuple[Ahead, Reading] | None = None  # weights and rows on their way, and what they are for
 
     def join(self, seat: Seat) -> None:
         super().join(seat)
@@ -185,14 +142,31 @@ class AsyncTrainer(_Worker):
         return 0, samples
 
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
-        self._pull()
-        loss_sum = self._gradient(batch)
-        outcome = Outcome(loss_sum, batch.count, batch.samples, wishes)
-        check_finite(step, outcome)
-        self._grads_N.div_(max(batch.count, 1))
-        if self._job.clip_norm is not None:
-            self._grads_N.mul_(clip_factor(self._job, squared_norm(self._grads_N)))
-        self._client.push(step, self._versions, self._grads_N, lr=learning_rate(self._job, step))
+        ahead, factor = self._ahead(step, batch), self._factor(step)
+        coming, self._coming = self._coming, None
+        if coming and coming[0] is ahead:
+            self._versions = coming[1].wait()
+            self._flat.weights_N.copy_(self._weights_N)
+        else:
+            self._pull(ahead.wanted)
+        outcome, rows = self._mean_gradient(step, batch, ahead, wishes)
+        following = next(iter(self._foreseen.values()), None)
+        if following is not None and self._context.plan.stale != "drop":
+            with self._pushing():
+                reading = self._client.ask_push_pull(
+                    step, self._versions, self._grads_N, rows, self._weights_N, following.wanted, factor=factor
+                )
+                if self._feedback:
+                    reading.wait()
+            self._coming = following, reading
+            return outcome
+        with self._pushing():
+            pushed = self._client.push(step, self._versions, self._grads_N, rows, factor=factor)
+        if pushed.refused:  # as too old: computed once more from new weights, and then taken whatever its age
+            ahead = self._lookups.ahead(batch.inputs)
+            self._pull(ahead.wanted)
+            outcome, rows = self._mean_gradient(step, batch, ahead, wishes)
+            self._client.push(step, self._versions, self._grads_N, rows, factor=factor, any_age=True)
         return outcome
 
     def refresh(self) -> None:
@@ -205,6 +179,23 @@ class AsyncTrainer(_Worker):
         """Nothing: the servers save the state, when the coordinator has let all work come to rest."""
         return []
 
-    def _pull(self, *, peek: bool = False) -> None:
-        self._versions = self._client.pull(self._weights_N, peek=peek)
+    def _mean_gradient(
+        self, step: int, batch: Batch, ahead: Ahead, wishes: Wishes
+    ) -> tuple[Outcome, list[RowGradients]]:
+        """Fill ``_grads_N`` with the clipped mean gradient of the batch; also returns those of rows."""
+        loss_sum, rows = self._gradient(batch, ahead)
+        outcome = Outcome(loss_sum, batch.count, batch.samples, wishes)
+        check_finite(step, outcome)
+        gradients = [self._grads_N, *(row.grads_UD for row in rows)]
+        for gradient in gradients:
+            gradient.div_(max(batch.count, 1))
+        if self._job.clip_norm is not None:
+            factor = clip_factor(self._job, sum(squared_norm(gradient.view(-1)) for gradient in gradients))
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return outcome, rows
+
+    def _pull(self, wanted: Sequence[Wanted] = (), *, peek: bool = False) -> None:
+        self._coming = None
+        self._versions = self._client.pull(self._weights_N, wanted, peek=peek)
         self._flat.weights_N.copy_(self._weights_N)

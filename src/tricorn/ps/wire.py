@@ -8,7 +8,6 @@ payload before its length is known to be right for its place.
 
 from __future__ import annotations
 
-import socket
 import struct
 import sys
 from collections.abc import Sequence
@@ -19,15 +18,19 @@ import msgspec
 from torch import Tensor, uint8
 
 from tricorn import errors
-from tricorn.comm.sockets import receive_exactly
 from tricorn.errors import ProtocolError, TricornError
 
+PROTOCOL = 2  # what the frames mean; told in the claim, so that another version is refused in words
 HEADER = struct.Struct("!BB6xqq6dQ")
 MAX_DOCUMENT = 16 << 20  # bytes of a CREATE: the names and shapes of some hundred thousand parameters
 MAX_ERROR = 4096
-PEEK = 1  # flag of PULL: read without taking part in the clocks
-DUPLICATE = 1  # flag of PUSHED: the step was in the weights already
+PEEK = 1  # flag of PULL and ROWS: read without taking part in the clocks
+IN_PLACE = 2  # flag of PULL, ROWS and PUSH_PULL: the worker reads the server's memory itself once this is answered
+ANY_AGE = 1  # flag of PUSH and PUSH_PULL: not to be refused as too old
+DUPLICATE = 4  # flag of PUSHED, and of WEIGHTS after a PUSH_PULL: the step was in the weights already
+REFUSED = 8  # likewise: too old, and not in the weights
 WANTED = 1  # flag of CREATED: the server waits for the initial weights
+ENCODING_SHIFT = 4  # of the dense gradient's encoding in the flags of PUSH and PUSH_PULL
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 
@@ -40,12 +43,17 @@ class Op(IntEnum):
     PULL = 5
     SNAPSHOT = 6
     IDLE = 7
+    ROWS = 8
+    BARRIER = 9
+    PUSH_PULL = 10
 
     DONE = 64
     CREATED = 65
     ACK = 66
     WEIGHTS = 67
     PUSHED = 68
+    UNKNOWN = 69
+    STATS = 70
     ERROR = 127
 
 
@@ -59,9 +67,11 @@ class Header(NamedTuple):
     numbers: tuple[float, ...] = ()
     length: int = 0
 
-    def pack(self) -> bytes:
-        padded = self.numbers + (0.0,) * (6 - len(self.numbers))
-        return HEADER.pack(self.op, self.flags, self.step, self.version, *padded, self.length)
+    def pack(self, length: int | None = None) -> bytes:
+        """The bytes of the header, with its own length of the payload or another."""
+        op, step, version, flags, numbers, own = self
+        padded = numbers + (0.0,) * (6 - len(numbers))
+        return HEADER.pack(op, flags, step, version, *padded, own if length is None else length)
 
     @classmethod
     def unpack(cls, raw: bytes | bytearray | memoryview) -> Header:
@@ -79,7 +89,7 @@ _KINDS: dict[str, type[TricornError]] = {
     kind.__name__: kind
     for kind in (
         errors.UsageError, errors.PlanError, errors.ClusterError, errors.StorageError, errors.CheckpointDamaged,
-        errors.ProtocolError, errors.PeerLost,
+        errors.ProtocolError, errors.PeerLost, errors.TableFull, errors.Diverged,
     )
 }  # fmt: skip
 
@@ -109,6 +119,8 @@ def decode_error(payload: bytes) -> TricornError:
 
 def as_bytes(flat: Tensor) -> memoryview:
     """The memory of a contiguous flat CPU tensor, for reading and writing; nothing is copied."""
+    if not flat.numel():  # which may have a stride that no view is made of
+        return memoryview(bytearray())
     return flat.detach().view(uint8).numpy().data
 
 
@@ -120,26 +132,3 @@ def unsent(parts: Sequence[memoryview], sent: int) -> list[memoryview]:
             left.append(part[sent:])
         sent = max(0, sent - len(part))
     return left
-
-
-def send(sock: socket.socket, header: Header, payload: memoryview | None = None) -> int:
-    """Send a frame on a blocking socket without joining its parts; returns how many bytes it had."""
-    length = len(payload) if payload else 0
-    parts = [memoryview(header._replace(length=length).pack())]
-    if payload:
-        parts.append(payload)
-    while parts:
-        parts = unsent(parts, sock.sendmsg(parts))
-    return HEADER.size + length
-
-
-def receive_header(sock: socket.socket, *expected: Op) -> Header:
-    """Read the header of a reply; an ERROR frame is raised as the error it speaks of."""
-    header = Header.unpack(receive_exactly(sock, HEADER.size))
-    if header.op == Op.ERROR:
-        if header.length > MAX_ERROR:
-            raise ProtocolError(f"an error frame of {header.length} bytes is over the limit of {MAX_ERROR}")
-        raise decode_error(receive_exactly(sock, header.length))
-    if header.op not in expected:
-        raise ProtocolError(f"a reply of kind {header.op} came where {expected[0].name} was due")
-    return header

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TextIO
+from typing import Any, TextIO
 
 from tricorn.errors import TricornError
 
@@ -12,3 +12,9 @@ def show(error: TricornError, stream: TextIO) -> None:
     parts = [("error", str(error)), ("where", error.where), ("what to do", error.remedy)]
     stream.write("\n" + "".join(f"{label}: {text}\n" for label, text in parts if text))
     stream.flush()
+
+
+def as_json(error: TricornError) -> dict[str, Any]:
+    """The same for a program: what ``--json`` prints in place of a result."""
+    said = {"error": str(error), "kind": type(error).__name__, "where": error.where, "what_to_do": error.remedy}
+    return {**said, "exit_code": error.exit_code}

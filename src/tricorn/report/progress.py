@@ -38,15 +38,14 @@ class Progress:
         self._figures = ""  # of the last step
         self._untold = False  # whether the last step's epoch still lacks a line
 
-    def started(self, plan: Plan, *, total_steps: int, epochs: int, step: int = 0) -> None:
-        """The roles are up; ``step`` updates were done before, in an earlier life of the run."""
+    def started(self, plan: Plan, *, total_steps: int, epochs: int) -> None:
+        """The roles are about to start."""
         self._total, self._epochs = total_steps, epochs
         servers = f" and {_plural(plan.servers, 'server')}" if plan.servers else ""
-        going_on = f", going on from step {step:,}" if step else ""
-        self._say(f"{plan.strategy} with {_plural(plan.workers, 'worker')}{servers}: {total_steps:,} steps{going_on}")
+        self._say(f"{plan.strategy} with {_plural(plan.workers, 'worker')}{servers}: {total_steps:,} steps")
 
     def step(self, step: int, *, epoch: int, loss: float, samples_per_second: float) -> None:
-        """``step`` updates are committed, the last one in ``epoch`` (from 0) with this loss."""
+        """``step`` updates are committed, the last one in ``epoch`` (from 0), with this mean loss in it so far."""
         now = self._now()
         if epoch != self._epoch:
             self._end_epoch()
@@ -119,9 +118,9 @@ class LiveProgress(Progress):
         self._task = self._bars.add_task("starting", total=None)
         self._bars.start()
 
-    def started(self, plan: Plan, *, total_steps: int, epochs: int, step: int = 0) -> None:
-        super().started(plan, total_steps=total_steps, epochs=epochs, step=step)
-        self._bars.update(self._task, total=total_steps, completed=step)
+    def started(self, plan: Plan, *, total_steps: int, epochs: int) -> None:
+        super().started(plan, total_steps=total_steps, epochs=epochs)
+        self._bars.update(self._task, total=total_steps)
 
     def close(self) -> None:
         self._bars.stop()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tricorn.state.rows import begin_rows
 from tricorn.state.shards import CheckpointReader, Piece
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def layout(named: Iterable[tuple[str, Sequence[int]]]) -> tuple[Entry, ...]:
 
 def build_model(job: Job) -> nn.Module:
     """The job's model with the initial weights of its seed, in the job's precision, on the CPU."""
+    model = model_without_rows(job)
+    begin_rows(job, model)
+    return model
+
+
+def model_without_rows(job: Job) -> nn.Module:
+    """As ``build_model``, but the tables that the job declares have not the rows that they begin with."""
     torch.manual_seed(job.seed)
     model: nn.Module = job.model()
     return model.to(WEIGHT_DTYPES[job.precision]).train()
@@ -58,6 +66,11 @@ def device_of(job: Job) -> torch.device:
     return torch.device(job.device)
 
 
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, by name, in the order of the module."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
 class FlatParameters:
     """Owns the flat weights and gradients of a module, whose parameters and gradients become views into them.
 
@@ -66,8 +79,15 @@ class FlatParameters:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         module.to(device)
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.module = module
+        self._place(trained_parameters(module), device)
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Lay the parameters, given by all their names, end to end in that order. Gradients are cleared."""
+        trained = dict(trained_parameters(self.module))
+        self._place([(name, trained[name]) for name in names], self.weights_N.device)
+
+    def _place(self, trained: Sequence[tuple[str, nn.Parameter]], device: torch.device) -> None:
         self.entries = layout((name, p.shape) for name, p in trained)
         dtype = trained[0][1].dtype if trained else torch.float32
         size = self.entries[-1].stop if trained else 0
@@ -81,19 +101,14 @@ class FlatParameters:
 
     def buffer_pieces(self) -> list[Piece]:
         """Copies of the module's buffers."""
-        return [
-            Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
-            for name, buffer in self.module.named_buffers()
-        ]
+        return buffer_pieces(self.module)
 
     def load_buffers(self, reader: CheckpointReader) -> None:
         """Take the module's buffers from a checkpoint; one that it does not hold stays as it is.
 
         Raises UsageError if one has another shape there.
         """
-        for name, buffer in self.module.named_buffers():
-            if f"buffer/{name}" in reader:
-                buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.shape).view(buffer.shape))
+        load_buffers(self.module, reader)
 
 
 class FlatState(FlatParameters):
@@ -107,6 +122,15 @@ class FlatState(FlatParameters):
         self.optimizer = optimizer
         self.slots = {slot: torch.zeros_like(self.weights_N) for slot in optimizer.slots}
         self.step = 0
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Lay the parameters, given by all their names, end to end in that order, and the slots alike."""
+        old = {entry.name: entry for entry in self.entries}
+        super().arrange(names)
+        self.slots = {
+            slot: torch.cat([flat[old[name].start : old[name].stop] for name in names])
+            for slot, flat in self.slots.items()
+        }
 
     def update(self, *, lr: float) -> None:
         """Apply the gradient in ``grads_N`` as the next update, and clear it."""
@@ -133,6 +157,24 @@ class FlatState(FlatParameters):
         self.load_buffers(reader)
         self.step = reader.step
         self.grads_N.zero_()
+
+
+def buffer_pieces(module: nn.Module) -> list[Piece]:
+    """Copies of the module's buffers."""
+    return [
+        Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
+        for name, buffer in module.named_buffers()
+    ]
+
+
+def load_buffers(module: nn.Module, reader: CheckpointReader) -> None:
+    """Take the module's buffers from a checkpoint; one that it does not hold stays as it is.
+
+    Raises UsageError if one has another shape there.
+    """
+    for name, buffer in module.named_buffers():
+        if f"buffer/{name}" in reader:
+            buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.shape).view(buffer.shape))
 
 
 def flat_pieces(

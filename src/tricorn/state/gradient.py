@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,22 @@ def forward_backward(job: Job, model: nn.Module, batch: Batch) -> float:
     return total.item()
 
 
+def portion(job: Job, batch: Batch, start: int, stop: int) -> Batch:
+    """Samples [start, stop) of a batch, at least one of them."""
+    inputs, target = rows(batch.inputs, start, stop), rows(batch.target, start, stop)
+    count = int(job.count(inputs, target)) if job.count else stop - start
+    return replace(batch, inputs=inputs, target=target, samples=stop - start, count=count)
+
+
+def rows(value: Any, start: int, stop: int) -> Any:
+    """Rows [start, stop) of a tensor, or of each in a tuple or dict of them."""
+    if isinstance(value, dict):
+        return {name: rows(item, start, stop) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(rows(item, start, stop) for item in value)
+    return value[start:stop]
+
+
 def judge_share(job: Job, model: nn.Module, batch: Batch, judge: Callable[[Any, Batch], None]) -> None:
     """Run the model forward on a batch, as in use and not in training, and hand the output to ``judge``."""
     if not batch.samples:
@@ -107,4 +124,5 @@ def squared_norm(flat: Tensor) -> float:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    first = next(model.parameters(), None)  # a model whose parameters are all tables has none
+    return first.device if first is not None else torch.device("cpu")

@@ -11,7 +11,7 @@ from tricorn.control import checkpoints
 from tricorn.errors import CheckpointDamaged
 from tricorn.job import Job
 from tricorn.state.flat import build_model
-from tricorn.state.shards import CheckpointReader
+from tricorn.state.whole_rows import open_checkpoint
 
 
 def trained_model(job: Job, run: Path) -> nn.Module:
@@ -22,8 +22,8 @@ def trained_model(job: Job, run: Path) -> nn.Module:
     folder, damages = checkpoints.newest_whole(run / "checkpoints")
     if folder is None:
         raise CheckpointDamaged("; ".join(damages) or f"the run {run} has no checkpoint")
-    reader = CheckpointReader(folder, checkpoints.load_manifest(folder).step)
     model = build_model(job)
+    reader = open_checkpoint(job, folder, checkpoints.load_manifest(folder).step)
     with torch.no_grad():
         for prefix, tensors in (("param", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in tensors:

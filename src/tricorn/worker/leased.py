@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import cast
 
@@ -9,7 +10,9 @@ from tricorn.control import messages as m
 from tricorn.strategy import LeasedTrainer, Wishes
 from tricorn.worker.loop import Loop, Regrouping
 
-AHEAD = 2  # steps a worker holds, so that the next one is there when one is done
+AHEAD = 4  # steps a worker holds: the next one is there when one is done, and is known before
+REPORT_SECONDS = 0.02  # how long steps go unreported: a message for each of 200 a second costs a tenth of the machine
+MAX_UNREPORTED = 64
 
 
 class LeasedLoop(Loop):
@@ -19,10 +22,18 @@ class LeasedLoop(Loop):
         trainer = cast(LeasedTrainer, self.trainer)
         epoch = begin.epoch
         lent: deque[int] = deque()
-        self.link.send(m.Want(epoch=epoch, steps=AHEAD))
+        credit = Credit()
+        self.link.send(m.Want(epoch=epoch, steps=credit.ask(0)))
+        losses: dict[int, float] = {}
+        reported = time.monotonic()
         while True:
             if lent and not self.orders.waiting():
-                self._step(epoch, lent.popleft())
+                step = lent.popleft()
+                losses[step] = self._step(step, lent[0] if lent else None)
+                now = time.monotonic()
+                if now - reported > REPORT_SECONDS or len(lent) < 2 or len(losses) >= MAX_UNREPORTED:
+                    reported = now
+                    self._report(epoch, losses, credit)
                 continue
             if not self.orders.waiting():
                 trainer.idle()
@@ -36,12 +47,30 @@ class LeasedLoop(Loop):
                     self.orders.put_back(order)
                     raise Regrouping
 
-    def _step(self, epoch: int, step: int) -> None:
-        samples = self.batches.samples(step)
-        batch = self.batches.training(step, *self.trainer.share(samples))
+    def _step(self, step: int, following: int | None) -> float:
+        """Train on a step; returns its mean loss."""
+        samples, batch = self.take(step, following)
         self.seed(step)
         outcome = self.trainer.step(step, batch, samples, Wishes())
+        return outcome.loss_sum / outcome.count if outcome.count else 0.0
+
+    def _report(self, epoch: int, losses: dict[int, float], credit: Credit) -> None:
         self.link.send(
-            m.Trained(epoch=epoch, step=step, loss=outcome.loss_sum / outcome.count if outcome.count else 0.0)
+            m.Trained(epoch=epoch, steps=[*losses], losses=[*losses.values()]),
+            m.Want(epoch=epoch, steps=credit.ask(len(losses))),
         )
-        self.link.send(m.Want(epoch=epoch, steps=1))
+        losses.clear()
+
+
+class Credit:
+    """How many steps a worker asks for: those it holds should last until it reports again, and ``AHEAD`` longer."""
+
+    def __init__(self) -> None:
+        self._held = 0  # asked for, and not trained
+
+    def ask(self, trained: int) -> int:
+        """How many more, having trained so many since the last time."""
+        self._held -= trained
+        more = max(0, AHEAD + trained - self._held)
+        self._held += more
+        return more

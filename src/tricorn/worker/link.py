@@ -56,11 +56,12 @@ class Link:
     def open(self) -> None:
         self._thread.start()
 
-    def send(self, message: m.Report) -> None:
-        """Queue a message. Safe from any thread, never blocks."""
-        if isinstance(message, m.Failed):
-            self._failure = message
-        self._outgoing.append(message)
+    def send(self, *messages: m.Report) -> None:
+        """Queue messages. Safe from any thread, never blocks."""
+        for message in messages:
+            if isinstance(message, m.Failed):
+                self._failure = message
+            self._outgoing.append(message)
         self._wake()
 
     def close(self, timeout: float = 2.0) -> None:

@@ -1,4 +1,4 @@
-"""The loop of a synchronous run: every worker runs every step, and all agree on each."""
+"""The loop of a synchronous run: every worker runs every step, and all agree on each, or on each round of several."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from tricorn.strategy import Outcome
 from tricorn.worker.loop import Loop
 
 REPORT_SECONDS = 0.05
+REPORTED_LOSSES = 10_000  # of the newest steps; more in one report would not fit its frame
 
 
 class SynchronousLoop(Loop):
-    """Steps follow one another without a word from the coordinator; the lead (rank 0) reports them in bundles."""
+    """Steps follow one another without a word from the coordinator; the lead (rank 0) reports them in bundles.
+
+    Only at a step that all agree on anything is reported, saved, judged or stopped: what lies between two of them
+    is not yet part of the run.
+    """
 
     def members_run(self, begin: m.Begin) -> None:
         epoch = begin.epoch
@@ -24,16 +29,16 @@ class SynchronousLoop(Loop):
         reported = 0.0  # the first step is told at once
         while step < self.total_steps and not stopped:
             self.go_on(epoch)
-            outcome = self._step(step)
-            step += 1
-            losses.append(outcome.loss_sum / outcome.count if outcome.count else 0.0)
+            before = step
+            step, outcome = self._round(epoch, step)
+            losses += [outcome.loss_sum / outcome.count if outcome.count else 0.0] * (step - before)
             last = step == self.total_steps
             boundary = step % self.steps_per_epoch == 0
             stopped = outcome.wishes.stop > 0
             if self.rank == 0 and (boundary or stopped or last or time.monotonic() - reported > REPORT_SECONDS):
-                self.link.send(m.Committed(epoch=epoch, upto=step, losses=losses))
+                self.link.send(m.Committed(epoch=epoch, upto=step, losses=losses[-REPORTED_LOSSES:]))
                 losses, reported = [], time.monotonic()
-            cadence = self.checkpoint_steps and step % self.checkpoint_steps == 0
+            cadence = self.checkpoint_steps and step // self.checkpoint_steps > before // self.checkpoint_steps
             if outcome.wishes.checkpoint or cadence or ((stopped or last) and saved != step):
                 self._save(epoch, step)
                 saved = step
@@ -48,11 +53,18 @@ class SynchronousLoop(Loop):
         self.saver.wait()  # a disk slower than the cadence holds up the training rather than fill the memory
         self.saver.save(epoch, step, self.trainer.pieces())
 
-    def _step(self, step: int) -> Outcome:
-        samples = self.batches.samples(step)
-        batch = self.batches.training(step, *self.trainer.share(samples))
-        self.seed(step)
-        outcome = self.trainer.step(step, batch, samples, self.orders.take_wishes())
-        if outcome.samples != samples:
-            raise ClusterError(f"step {step} trained on {outcome.samples} samples instead of {samples}")
-        return outcome
+    def _round(self, epoch: int, step: int) -> tuple[int, Outcome]:
+        """Run steps up to the next that all agree on; the step after it, and what they agreed."""
+        first, expected = step, 0
+        while True:
+            samples, batch = self.take(step, step + 1 if step + 1 < self.total_steps else None)
+            self.seed(step)
+            outcome = self.trainer.step(step, batch, samples, self.orders.take_wishes())
+            step, expected = step + 1, expected + samples
+            if outcome.agreed:
+                break
+            self.go_on(epoch)
+        if outcome.samples != expected:
+            steps = f"step {first}" if step == first + 1 else f"steps {first} to {step - 1}"
+            raise ClusterError(f"{steps} trained on {outcome.samples} samples instead of {expected}")
+        return step, outcome

@@ -1,0 +1,142 @@
+"""Data parallel training of an MLP by two workers: its step, its memory, and a worker at a quarter of the speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from common import ROOT, TRICORN, options
+
+from tricorn.errors import ClusterError
+from tricorn.testing.cgroup import Cgroup
+
+JOBS = ROOT / "benchmarks" / "jobs" / "mlp.py"
+PEER = ROOT / "benchmarks" / "peers" / "ddp_mlp.py"
+sys.path.insert(0, str(JOBS.parent))
+
+
+def tricorn(job: str, *arguments: str, slow: Cgroup | None = None, **environment: str):
+    """One run: its milliseconds a step over the last half, the peak memory of its workers in MB, its weights."""
+    with tempfile.TemporaryDirectory() as runs:
+        command = [TRICORN, "train", f"{JOBS}:{job}", "--strategy", "dp", "--workers", "2", "--threads", "1",
+                   "--runs", runs, "--json", *arguments]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        )
+        folder, peak = Path(runs) / "latest", {}
+        moved = slow is None
+        while process.poll() is None:
+            for role, pid in _roles(folder).items():
+                if role.startswith("worker-"):
+                    peak[role] = max(peak.get(role, 0), _peak(pid))
+            if not moved and (pid := _roles(folder).get("worker-1")):
+                for hierarchy in slow.folders:
+                    (hierarchy / "cgroup.procs").write_text(str(pid))
+                moved = True
+            time.sleep(0.05)
+        if process.returncode:
+            raise RuntimeError(process.stderr.read())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        times = [row["time"] for row in rows if "loss" in row]
+        half = len(times) // 2
+        milliseconds = 1e3 * (times[-1] - times[half]) / (len(times) - 1 - half)
+        from safetensors.torch import load_file
+
+        last = max((folder / "checkpoints").glob("*/manifest.json")).parent
+        weights = {}
+        for shard in last.glob("*.safetensors"):
+            weights |= {key: flat for key, flat in load_file(shard).items() if key.startswith("param/")}
+        return milliseconds, max(peak.values()) / 2**20, torch.cat([weights[key] for key in sorted(weights)])
+
+
+def _roles(folder: Path) -> dict[str, int]:
+    try:
+        return json.loads((folder / "roles.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _peak(pid: int) -> int:
+    """Bytes of its own that a process holds; what it shares with the one that it was forked from is not counted."""
+    try:
+        return psutil.Process(pid).memory_full_info().uss
+    except psutil.Error:
+        return 0
+
+
+def peer(kind: str) -> float:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen([sys.executable, PEER, kind, str(rank), str(port)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    return max(float(rank.communicate()[0]) for rank in ranks)
+
+
+def steps(report, rounds: int) -> None:
+    systems = {
+        "tricorn dp": lambda: tricorn("job")[0],
+        "tricorn dp, zero=1": lambda: tricorn("job", "--zero", "1")[0],
+        "DDP on Gloo": lambda: peer("ddp"),
+        "two that never talk": lambda: peer("alone"),
+    }
+    found: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, measure in systems.items():
+            found[name].append(measure())
+    median = {name: report.row(name, "step of the MLP, AdamW", figures, "ms") for name, figures in found.items()}
+    report.bar("DDP on Gloo / tricorn dp", median["DDP on Gloo"] / median["tricorn dp"], at_least=1.8)
+    report.bar("tricorn dp / two that never talk", median["tricorn dp"] / median["two that never talk"], at_most=1.2)
+
+
+def memory(report) -> None:
+    held = {}
+    for zero in range(4):
+        held[zero] = tricorn("large", "--zero", str(zero))[1]
+        report.row(f"tricorn dp, zero={zero}", "peak of a worker, 34.1 M weights", [held[zero]], "MB")
+    for zero in range(1, 4):
+        report.bar(f"peak, zero={zero} / zero={zero - 1}", held[zero] / held[zero - 1], at_most=1.0)
+
+
+def balance(report) -> None:
+    """Batches of 1024, so that samples and not the update take the time; the quota is handed out every 20 ms."""
+    group = Cgroup(f"tricorn-bench-{os.getpid()}")
+    larger = {"MLP_BATCH_SIZE": "1024", "MLP_STEPS": "160"}
+    _, _, expected = tricorn("job", **larger)
+    found = {}
+    for name, arguments in (("equal shares", ()), ("balanced", ("--balance",))):
+        try:
+            group.open(cores=0.25, memory=None)
+        except ClusterError as error:
+            print(f"no slow worker here: {error}", file=sys.stderr)
+            return
+        try:
+            milliseconds, _, weights = tricorn("job", *arguments, slow=group, **larger)
+        finally:
+            group.close()
+        found[name] = report.row(name, "step, one worker at a quarter speed", [milliseconds], "ms")
+        distance = float((weights - expected).norm() / expected.norm())
+        report.bar(f"{name}: weights from the undisturbed run's", distance, at_most=1e-5)
+    report.bar("equal shares / balanced", found["equal shares"] / found["balanced"], at_least=1.8)
+
+
+def main() -> None:
+    report, chosen = options("data parallel training, two workers, one thread each")
+    steps(report, 1 if chosen.quick else 5)
+    memory(report)
+    balance(report)
+    report.print(chosen.json)
+
+
+if __name__ == "__main__":
+    main()

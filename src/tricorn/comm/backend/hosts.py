@@ -1,0 +1,113 @@
+"""Ranks on several hosts: shared memory inside each, and Gloo between one leader of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from tricorn.comm.segment import Segment, Ticket
+from tricorn.comm.shared import Shared
+from tricorn.errors import ClusterError, PeerLost
+
+_GLOO = {
+    "sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "product": dist.ReduceOp.PRODUCT, "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX, "band": dist.ReduceOp.BAND, "bor": dist.ReduceOp.BOR, "bxor": dist.ReduceOp.BXOR,
+}  # fmt: skip
+
+
+class Hosts:
+    """All-reduce, broadcast and barrier use shared memory within each host, so that a tensor crosses the network once
+    for each host. ``local`` are the ranks of this host, ``gloo`` is a group of all ranks for everything else.
+    """
+
+    def __init__(
+        self, *, store: Store, rank: int, segment: Segment, tickets: Sequence[Ticket], label: str, timeout: float
+    ) -> None:
+        hosts = list(dict.fromkeys(ticket.host for ticket in tickets))
+        self._host_of = [hosts.index(ticket.host) for ticket in tickets]
+        self._host = self._host_of[rank]
+        self._near = [peer for peer, host in enumerate(self._host_of) if host == self._host]
+        self._rank = rank
+        self._size = len(tickets)
+        self._barrier = torch.zeros(1)
+        span = timedelta(seconds=timeout)
+        self.gloo = gloo_group(PrefixStore("all/", store), rank, self._size, span)
+        self._leaders: dist.ProcessGroup | None = None
+        if self._near[0] == rank:
+            self._leaders = gloo_group(PrefixStore("leaders/", store), self._host, len(hosts), span)
+        self.local = Shared(
+            rank=self._near.index(rank), segment=segment, tickets=[tickets[peer] for peer in self._near],
+            label=label, timeout=timeout,
+        )  # fmt: skip
+
+    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
+        """Inside each host, between the leaders, and back. ``avg`` divides by the number of all ranks."""
+        within = "sum" if operation == "avg" else operation
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(_GLOO[within])
+        with self._together():
+            self.local.reduce(tensor, 0, within)
+            if self._leaders:
+                self._leaders.allreduce([tensor], options).wait()
+                if operation == "avg":
+                    tensor /= self._size
+            self.local.broadcast(tensor, 0)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """Inside the root's host, between the leaders, inside the other hosts."""
+        home = self._host_of[root]
+        options = dist.BroadcastOptions()
+        options.rootRank = home
+        with self._together():
+            if self._host == home:
+                self.local.broadcast(tensor, self._near.index(root))
+            if self._leaders:
+                self._leaders.broadcast([tensor], options).wait()
+            if self._host != home:
+                self.local.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.all_reduce(self._barrier)
+
+    def interrupt(self, reason: str) -> None:
+        """Make every call on this host, blocked or yet to come, raise PeerLost, and with it those that wait for this
+        host; a leader that is itself waiting for another host learns it at the group's timeout. From any thread.
+        """
+        self.local.interrupt(reason)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What one host or the way between them fails in, all fail in, instead of waiting for the timeout."""
+        try:
+            yield
+        except PeerLost:
+            self._leaders = None  # its connections close, which the other leaders see
+            raise
+        except RuntimeError as error:
+            self._leaders = None
+            reason = f"between the hosts: {error}"
+            self.local.interrupt(reason)
+            raise PeerLost(reason) from error
+
+
+def gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """A process group over Gloo that ``torch.distributed`` does not know of. ClusterError when ranks cannot connect."""
+    group = dist.ProcessGroup(store, rank, size)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    try:
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+    except RuntimeError as error:
+        raise ClusterError(
+            f"rank {rank} of {size} cannot connect to the other hosts: {error}",
+            remedy="Set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other.",
+        ) from error
+    gloo._set_sequence_number_for_group()
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    return group

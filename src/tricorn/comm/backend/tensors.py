@@ -1,0 +1,62 @@
+"""Tensors as the collectives of one host take them: real numbers that lie in one piece."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tricorn.errors import UsageError
+
+OPERATIONS = {
+    dist.ReduceOp.SUM: "sum",
+    dist.ReduceOp.AVG: "avg",
+    dist.ReduceOp.PRODUCT: "product",
+    dist.ReduceOp.MIN: "min",
+    dist.ReduceOp.MAX: "max",
+    dist.ReduceOp.BAND: "band",
+    dist.ReduceOp.BOR: "bor",
+    dist.ReduceOp.BXOR: "bxor",
+    dist.ReduceOp.PREMUL_SUM: "sum",
+}
+
+
+def reduction(opts: Any, tensor: Tensor) -> tuple[str, Any]:
+    """The reduction, and what to multiply with before it."""
+    if opts is None:
+        return "sum", None
+    chosen = opts.reduceOp
+    kind = getattr(chosen, "op", chosen)
+    operation = OPERATIONS[kind]
+    if tensor.is_complex() and operation not in ("sum", "avg"):
+        raise UsageError(f"{operation} is not defined for {tensor.dtype}", remedy="Sum, or reduce the real parts.")
+    factor = chosen.__getstate__()[1] if kind == dist.ReduceOp.PREMUL_SUM else None
+    return operation, factor
+
+
+@contextlib.contextmanager
+def in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor if it lies in one piece, else a copy that is copied back."""
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    if real.is_contiguous():
+        yield real
+    else:
+        copy = real.contiguous()
+        yield copy
+        real.copy_(copy)
+
+
+@contextlib.contextmanager
+def each_in_one_piece(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(in_one_piece(tensor)) for tensor in tensors]
+
+
+def sent(tensor: Tensor, factor: Any = None) -> Tensor:
+    """What is sent: in one piece, and multiplied if need be."""
+    real = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).contiguous()
+    return real if factor is None else real * factor

@@ -1,0 +1,24 @@
+"""How loops become machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from numba import njit
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compile with numba, without the interpreter's lock; the code is kept on disk for the next process.
+
+    It is kept beside the module or else in the user's cache folder (NUMBA_CACHE_DIR names another); where neither
+    can be written, every process compiles for itself.
+    """
+    compiled: F
+    try:
+        compiled = njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        compiled = njit(nogil=True, error_model="numpy")(function)
+    return compiled

@@ -1,0 +1,282 @@
+"""The parameter server in a training loop of one's own: ``tricorn.ps.connect``.
+
+Legend: N elements of all dense parameters; U ids of one sparse table; D elements of a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Literal, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tricorn.comm.lane import Handle, Lane
+from tricorn.comm.sockets import Address
+from tricorn.errors import UsageError
+from tricorn.optim import Optimizer
+from tricorn.plan import Consistency
+from tricorn.ps import memory
+from tricorn.ps.access import Access, read
+from tricorn.ps.client import Client
+from tricorn.ps.placement import bucket_ranges, place
+from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.sparse.spec import TableSpec
+from tricorn.ps.standing import EPOCH, client_tls
+from tricorn.ps.table import Description
+from tricorn.state.flat import layout
+from tricorn.table import Table
+
+T = TypeVar("T")
+_RANK_BITS = 12
+_PUSH_BITS = 51
+
+
+class Ticket(Generic[T]):
+    """A request under way, of which ``wait`` is the answer."""
+
+    def __init__(self, lane: Lane, request: Callable[[], T]) -> None:
+        self._request = request
+        self._handle: Handle = lane.start(self._run)
+
+    def wait(self) -> T:
+        """Block until it is answered; raise what it raised. May be called again."""
+        self._handle.wait()
+        return self._answer
+
+    def _run(self) -> None:
+        self._answer = self._request()
+
+
+class Session:
+    """A client of servers that stand alone. Requests are carried out in order; its methods are for one thread.
+
+    ``weights``: the dense parameters by name, CPU tensors that every ``pull`` fills. ``gradients``: tensors of the
+    same shapes, from which ``push`` sends; where a server is on this host it reads them in place. So both belong to
+    the servers until the ticket of the request was waited for.
+
+    A ticket raises PeerLost when a server is lost, and what a server says: ProtocolError for another declaration,
+    Diverged for a gradient that is not finite (nothing is changed by it), TableFull at a limit of memory.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        entries: Mapping[str, Tensor],
+        specs: Sequence[TableSpec],
+        *,
+        rank: int,
+        servers: int,
+        synchronous: bool,
+        version: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._client = client
+        self._specs = {spec.name: (index, spec) for index, spec in enumerate(specs)}
+        count = sum(tensor.numel() for tensor in entries.values())
+        self._weights_N, self._grads_N = torch.zeros(count, dtype=dtype), memory.zeros(count, dtype)
+        self.weights, self.gradients = (_views(flat_N, entries) for flat_N in (self._weights_N, self._grads_N))
+        self._lane = Lane("tricorn-ps")
+        self._synchronous = synchronous
+        self._version = version  # synchronous: the step at hand
+        self._factor = 1.0  # of the step that the next synchronous pull applies
+        self._bases = [0] * servers  # asynchronous: by server, the version pulled last
+        self._clock = 0
+        # A step is applied once, so none may have the number of another client's, or of this one's earlier life.
+        self._first = rank << _PUSH_BITS | time.time_ns() // 10_000
+
+    def pull(self, ids: Mapping[str, Tensor] | None = None) -> Ticket[dict[str, Tensor]]:
+        """Fill ``weights``, and get the rows of these ids (int64, each once) by table: [U, D].
+
+        It waits where the consistency says so: synchronous, for the gradients of all clients; ``ssp``, for clients
+        that are more than ``staleness`` clocks behind.
+        """
+        wanted, rows = self._wanted(ids or {})
+        return Ticket(self._lane, lambda: self._pull(wanted, rows))
+
+    def push(
+        self, rows: Mapping[str, tuple[Tensor, Tensor]] | None = None, *, factor: float = 1.0, count: int = 1
+    ) -> Ticket[None]:
+        """Send ``gradients``, and for each table (ids, gradients of their rows [U, D]); they are applied once.
+
+        ``factor`` multiplies every optimizer's rate. Synchronous: gradients are means over ``count`` samples, and
+        the mean over all clients' samples is applied by the next ``pull``.
+        """
+        gradients = self._row_gradients(rows or {})
+        self._clock += 1
+        clock = self._clock
+        return Ticket(self._lane, lambda: self._push(gradients, clock, factor, count))
+
+    def push_pull(
+        self,
+        rows: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        ids: Mapping[str, Tensor] | None = None,
+        *,
+        factor: float = 1.0,
+        count: int = 1,
+    ) -> Ticket[dict[str, Tensor]]:
+        """``push`` and ``pull``, where possible in one round trip."""
+        gradients, (wanted, read) = self._row_gradients(rows or {}), self._wanted(ids or {})
+        self._clock += 1
+        clock = self._clock
+
+        def request() -> dict[str, Tensor]:
+            if self._synchronous:
+                self._push(gradients, clock, factor, count)
+                return self._pull(wanted, read)
+            _, self._bases = self._client.push_pull(
+                self._first + clock, self._bases, self._grads_N, gradients, self._weights_N, wanted, factor=factor
+            )
+            return read
+
+        return Ticket(self._lane, request)
+
+    def clock(self) -> int:
+        """How often this client has pushed."""
+        return self._clock
+
+    def barrier(self) -> None:
+        """Wait until all requests are answered and every client has come to its barrier, or has left."""
+        Ticket(self._lane, self._client.barrier).wait()
+
+    def close(self) -> None:
+        """Wait for all requests, and leave."""
+        self._lane.close()
+        self._client.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._client.interrupt()
+        self.close()
+
+    def _pull(self, wanted: Sequence[Wanted], rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._synchronous:
+            self._client.pull_version(self._version, self._weights_N, wanted, scale=1.0, factor=self._factor)
+        else:
+            self._bases = self._client.pull(self._weights_N, wanted)
+        return rows
+
+    def _push(self, rows: Sequence[RowGradients], clock: int, factor: float, count: int) -> None:
+        if not self._synchronous:
+            self._client.push(self._first + clock, self._bases, self._grads_N, rows, factor=factor)
+            return
+        if count != 1:
+            self._grads_N.mul_(count)
+            for _, _, grads_UD in rows:
+                grads_UD.mul_(count)
+        self._client.push_sum(self._version, (0.0, count, count, 0, 0), self._grads_N, rows)
+        self._version += 1
+        self._factor = factor
+
+    def _wanted(self, ids: Mapping[str, Tensor]) -> tuple[list[Wanted], dict[str, Tensor]]:
+        rows = {}
+        for name, ids_U in ids.items():
+            _, spec = self._table(name)
+            rows[name] = torch.empty(len(ids_U), spec.dim, dtype=getattr(torch, spec.dtype))
+        return [Wanted(self._table(name)[0], ids_U, rows[name]) for name, ids_U in ids.items()], rows
+
+    def _row_gradients(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> list[RowGradients]:
+        return [RowGradients(self._table(name)[0], ids_U, grads_UD) for name, (ids_U, grads_UD) in rows.items()]
+
+    def _table(self, name: str) -> tuple[int, TableSpec]:
+        if name not in self._specs:
+            raise UsageError(f"there is no table {name!r}", remedy=f"Declare it; there are {[*self._specs]}.")
+        return self._specs[name]
+
+
+def connect(
+    servers: Access | Path | str | Sequence[Address],
+    *,
+    dense: Mapping[str, Tensor] | None = None,
+    tables: Mapping[str, tuple[int, Table]] | None = None,
+    optimizer: Optimizer,
+    secret: bytes | None = None,
+    rank: int = 0,
+    consistency: Consistency = "asp",
+    sparse_consistency: Consistency | None = None,
+    staleness: int = 3,
+    seed: int = 0,
+    compress: str = "none",
+    share: bool = True,
+    tls: Path | str | None = None,
+) -> Session:
+    """Become the client of that ``rank``; all clients declare the same. Waits until rank 0 has.
+
+    ``servers``: the file that ``tricorn server`` writes, what ``serving`` yields, or addresses, and then their
+    ``secret``. ``dense``: names and initial values (those of rank 0 count), all of one type, float32 or float64.
+    ``tables``: for each sparse table the width of its rows and how they are trained. ``tls``: the file of the
+    certificate to trust. Raises UsageError, PeerLost when nobody answers, AuthenticationError for a wrong secret or
+    certificate, and ProtocolError when the servers hold something else.
+    """
+    access = read(Path(servers)) if isinstance(servers, str | Path) else servers
+    if isinstance(access, Access):
+        addresses, secret = [*access.servers.values()], bytes.fromhex(access.secret)
+    else:
+        addresses = [*access]
+    if secret is None or not addresses:
+        raise UsageError("no servers, or no secret", remedy="Give addresses with their secret, or the servers' file.")
+    if not 0 <= rank < 1 << _RANK_BITS:
+        raise UsageError(f"rank {rank} is not from 0 to {(1 << _RANK_BITS) - 1}")
+    entries = {name: tensor.detach().cpu() for name, tensor in (dense or {}).items()}
+    kinds = {tensor.dtype for tensor in entries.values()} or {torch.float32}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        raise UsageError(f"dense parameters are of {sorted(map(str, kinds))}", remedy="Give float32 or float64 alone.")
+    (dtype,) = kinds
+    specs = [_spec(name, dim, table, optimizer, dtype, seed) for name, (dim, table) in (tables or {}).items()]
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in entries.items())
+    slices = place(layout(shapes), len(addresses)) if shapes else ((0, 0),) * len(addresses)
+    client = Client(
+        addresses, slices, secret, rank=rank, incarnation=time.time_ns() // 1000, epoch=EPOCH, tables=specs,
+        compress=compress, share=share, tls=client_tls(Path(tls)) if tls else None,
+    )  # fmt: skip
+    try:
+        client.connect()
+        if rank == 0:
+            descriptions = [
+                Description(
+                    tables=shapes, dtype=_name(dtype), start=start, stop=stop, optimizer=optimizer,
+                    consistency=consistency, sparse_consistency=sparse_consistency, staleness=staleness,
+                    sparse=tuple(msgspec.structs.replace(spec, buckets=buckets) for spec in specs),
+                )
+                for (start, stop), buckets in zip(slices, bucket_ranges(len(slices)), strict=True)
+            ]  # fmt: skip
+            flat = [tensor.reshape(-1) for tensor in entries.values()]
+            client.create(descriptions, lambda: torch.cat(flat) if flat else torch.zeros(0, dtype=dtype))
+        synchronous = consistency == "bsp"
+        version = client.version() if synchronous else 0
+        if not synchronous:
+            client.idle()
+    except BaseException:
+        client.close()
+        raise
+    return Session(
+        client, entries, specs, rank=rank, servers=len(addresses), synchronous=synchronous, version=version, dtype=dtype
+    )
+
+
+def _views(flat_N: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.split(flat_N, [tensor.numel() for tensor in entries.values()])
+    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, entries.items(), strict=True)}
+
+
+def _spec(name: str, dim: int, table: Table, optimizer: Optimizer, dtype: torch.dtype, seed: int) -> TableSpec:
+    if wrong := table.mistakes():
+        field, given, would_do = wrong[0]
+        raise UsageError(f"table {name!r}: {field} is {given}", remedy=would_do)
+    return TableSpec(
+        name=name, dim=dim, dtype=_name(dtype), seed=seed, declared=table, optimizer=table.optimizer or optimizer,
+        buckets=(0, 0),
+    )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> Literal["float32", "float64"]:
+    return "float64" if dtype == torch.float64 else "float32"

@@ -1,0 +1,172 @@
+"""A worker's end of the connection to one server: frames out, frames in (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from ssl import SSLContext
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tricorn.comm.sockets import Address, connect, receive_exactly
+from tricorn.errors import PeerLost, ProtocolError
+from tricorn.ps.wire import HEADER, MAX_ERROR, Header, Op, decode_error, unsent
+
+SHARED, REFUSED = b"\1", b"\0"  # what a server says to a segment that a worker offers
+_AHEAD = 1 << 16  # bytes read at once, so that a small frame costs one system call
+
+
+class InPlace(Protocol):
+    """A server's memory, where this process can read it: after a PULL or ROWS with flag IN_PLACE was answered."""
+
+    @property
+    def weights(self) -> memoryview:
+        """The server's slice of the dense parameters."""
+
+    def gather(self, table: int, ids_U: NDArray[np.int64], out_UD: Tensor) -> None:
+        """Fill ``out_UD`` with the rows of these ids of that sparse table."""
+
+
+class Transport(Protocol):
+    """Blocking, for one thread; ``interrupt`` for any. Raises OSError or PeerLost once the server is lost."""
+
+    bytes_sent: int
+
+    @property
+    def in_place(self) -> InPlace | None:
+        """None where the server is not on this host."""
+
+    def send(self, header: Header, parts: Sequence[memoryview] = ()) -> None:
+        """Send a frame with the parts, end to end, as its payload.
+
+        They may be changed when the reply has come; parts that are in no shared memory, when this returns.
+        """
+
+    def receive(self, *expected: Op) -> Header:
+        """The header of the next reply. Raises the error that an ERROR frame speaks of, ProtocolError for others."""
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill the view with the next bytes of the payload whose header came last."""
+
+    def interrupt(self) -> None:
+        """Make a blocked call, and every later one, raise. Safe from any thread."""
+
+    def close(self) -> None: ...
+
+
+def dial(
+    address: Address, secret: bytes, claim: dict[str, Any], *, share: bool = True, tls: SSLContext | None = None
+) -> Transport:
+    """Connect to a server, through shared memory if it is on this host, unless ``share`` forbids or ``tls`` encrypts.
+
+    Raises PeerLost, AuthenticationError or ProtocolError.
+    """
+    if tls:
+        return TlsTransport(connect(address, secret, claim, tls=tls))
+    if not share:
+        return TcpTransport(connect(address, secret, claim))
+    from tricorn.ps.shared import SharedTransport, new_segment
+
+    segment = new_segment()
+    try:
+        sock = connect(address, secret, claim | {"segment": msgspec.to_builtins(segment.ticket)})
+        if _answer(sock) == SHARED:
+            return SharedTransport(sock, segment)
+    except BaseException:
+        segment.close()
+        raise
+    segment.close()
+    return TcpTransport(sock)
+
+
+def _answer(sock: socket.socket) -> bytes:
+    try:
+        return receive_exactly(sock, 1)
+    except OSError as error:
+        sock.close()
+        raise PeerLost(f"the server is lost: {error}") from None
+    except PeerLost:
+        sock.close()
+        raise
+
+
+def judged(header: Header, expected: Sequence[Op], receive_into: Callable[[memoryview], None]) -> Header:
+    """The header of a reply if it is one of those expected. Raises the error that an ERROR frame speaks of."""
+    if header.op in expected:
+        return header
+    if header.op != Op.ERROR:
+        raise ProtocolError(f"a reply of kind {header.op} came where {expected[0].name} was due")
+    if header.length > MAX_ERROR:
+        raise ProtocolError(f"an error frame of {header.length} bytes is over the limit of {MAX_ERROR}")
+    payload = bytearray(header.length)
+    receive_into(memoryview(payload))
+    raise decode_error(bytes(payload))
+
+
+class TcpTransport:
+    """Frames as bytes of a stream: sent from where the parts lie, received where they belong."""
+
+    in_place = None
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.bytes_sent = 0
+        self._sock = sock
+        self._buffer = memoryview(bytearray(_AHEAD))
+        self._ahead = self._buffer[:0]  # what of the buffer is not taken yet
+
+    def send(self, header: Header, parts: Sequence[memoryview] = ()) -> None:
+        length = sum(map(len, parts))
+        left: Sequence[memoryview] = [memoryview(header.pack(length)), *parts]
+        missing = HEADER.size + length
+        self.bytes_sent += missing
+        while missing := missing - (sent := self._sock.sendmsg(left)):
+            left = unsent(left, sent)
+
+    def receive(self, *expected: Op) -> Header:
+        return judged(Header.unpack(self._take(HEADER.size)), expected, self.receive_into)
+
+    def receive_into(self, view: memoryview) -> None:
+        known = min(len(view), len(self._ahead))
+        view[:known] = self._ahead[:known]
+        self._ahead, view = self._ahead[known:], view[known:]
+        while view:
+            view = view[self._read(view, socket.MSG_WAITALL) :]
+
+    def interrupt(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _take(self, count: int) -> memoryview:
+        """The next few bytes, which lie in the buffer until more are read."""
+        while len(self._ahead) < count:
+            start = len(self._ahead)
+            self._buffer[:start] = self._ahead
+            self._ahead = self._buffer[: start + self._read(self._buffer[start:])]
+        taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        return taken
+
+    def _read(self, view: memoryview, flags: int = 0) -> int:
+        got = self._sock.recv_into(view, len(view), flags)
+        if not got:
+            raise PeerLost("the server closed the connection")
+        return got
+
+
+class TlsTransport(TcpTransport):
+    """The same bytes, encrypted: there is no way to send parts, or to wait for all of one, in one call."""
+
+    def send(self, header: Header, parts: Sequence[memoryview] = ()) -> None:
+        length = sum(map(len, parts))
+        self._sock.sendall(header.pack(length))
+        for part in parts:
+            self._sock.sendall(part)
+        self.bytes_sent += HEADER.size + length
+
+    def _read(self, view: memoryview, flags: int = 0) -> int:
+        return super()._read(view)

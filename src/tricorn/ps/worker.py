@@ -1,0 +1,196 @@
+"""What every worker of parameter server training has: the model, its tables, the servers, and how it takes a seat.
+
+Legend: N elements of all dense parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tricorn.ps.client import Client
+from tricorn.ps.lookup import Ahead, Lookups
+from tricorn.ps.placement import bucket_ranges, place
+from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.sparse.spec import TableSpec
+from tricorn.ps.table import Description
+from tricorn.state.flat import FlatParameters, device_of, model_without_rows
+from tricorn.state.gradient import forward_backward, judge_share
+from tricorn.state.rows import row_tables
+from tricorn.state.shards import CheckpointReader
+from tricorn.strategy import Batch, Context, Seat
+
+if TYPE_CHECKING:
+    from tricorn.comm.codecs import ErrorFeedback
+
+
+class Worker:
+    """What both kinds of trainer have in common. Tables are looked up and pushed, never held."""
+
+    part: str | None = None
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._job = context.job
+        model = model_without_rows(context.job)
+        self._tables = row_tables(context.job, model)
+        self._prefilled = self._given(model)
+        self._lookups = Lookups(model, self._tables, self._read)
+        self._flat = FlatParameters(model, device_of(context.job))
+        # The wire reads and writes CPU memory; on the CPU these are the flat tensors themselves.
+        self._weights_N: Tensor = self._flat.weights_N.to("cpu")
+        self._grads_N: Tensor = self._flat.grads_N.to("cpu")
+        self._fresh = True  # the model still has its initial weights
+        self._judging = False
+        self._connected: Client | None = None
+        self._sent_before = 0  # by the clients of earlier epochs
+        self._foreseen: dict[int, Ahead] = {}  # the step to come, and meanwhile this one
+        self._feedback = self._new_feedback()
+
+    @property
+    def bytes_sent(self) -> int:
+        client = self._connected  # read once: another thread may ask while this one closes
+        return self._sent_before + (client.bytes_sent if client else 0)
+
+    @property
+    def _client(self) -> Client:
+        assert self._connected is not None, "join before anything else"
+        return self._connected
+
+    def held(self) -> int | None:
+        """The weights are the servers' to hold."""
+        return None
+
+    def join(self, seat: Seat) -> None:
+        self.close()
+        if seat.source == "initial" and not self._fresh:
+            self._begin_anew()
+        elif seat.source == "checkpoint":
+            assert seat.checkpoint is not None
+            self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
+        context, slices = self._context, place(self._flat.entries, len(seat.servers))
+        self._connected = client = Client(
+            seat.servers, slices, context.secret, rank=context.rank, incarnation=context.incarnation, epoch=seat.epoch,
+            tables=self._specs((0, 0)), compress=context.plan.compress, feedback=self._feedback,
+        )  # fmt: skip
+        client.connect()
+        if context.rank == 0:
+            descriptions = [
+                self._description(part, buckets)
+                for part, buckets in zip(slices, bucket_ranges(len(slices)), strict=True)
+            ]
+            client.create(descriptions, lambda: self._weights_N.copy_(self._flat.weights_N), self._prefilled)
+        self._prefilled = []  # the servers have them now
+        self._fresh = False
+
+    def foresee(self, step: int, batch: Batch) -> None:
+        self._foreseen[step] = self._lookups.ahead(batch.inputs)
+
+    def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
+        ahead = self._lookups.ahead(batch.inputs)
+        self._judging = True
+        try:
+            self._read(ahead.wanted)
+            self._lookups.begin(ahead, learning=False)
+            judge_share(self._job, self._flat.module, batch, judge)
+        finally:
+            self._judging = False
+            self._lookups.end()
+
+    def interrupt(self) -> None:
+        if client := self._connected:
+            client.interrupt()
+
+    def close(self) -> None:
+        self._foreseen.clear()
+        if client := self._connected:
+            self._sent_before += client.bytes_sent
+            self._connected = None
+            client.close()
+
+    def _ahead(self, step: int, batch: Batch) -> Ahead:
+        """What this step looks up, as far as it is known."""
+        return self._foreseen.pop(step, None) or self._lookups.ahead(batch.inputs)
+
+    def _read(self, wanted: Sequence[Wanted]) -> list[int]:
+        """Rows that are needed now; returns the versions, by server."""
+        return self._client.read_rows(wanted, peek=self._judging) if wanted else []
+
+    def _gradient(self, batch: Batch, ahead: Ahead) -> tuple[float, list[RowGradients]]:
+        """Fill ``_grads_N`` with the gradient sum of the batch; returns the loss sum and the gradient sums of rows."""
+        self._flat.grads_N.zero_()
+        self._lookups.begin(ahead)
+        loss_sum = forward_backward(self._job, self._flat.module, batch)
+        self._grads_N.copy_(self._flat.grads_N)
+        return loss_sum, self._lookups.end()
+
+    @contextmanager
+    def _pushing(self) -> Iterator[None]:
+        """What an encoding lost is owed only if the push that it was for came to pass."""
+        lost_N = self._feedback.lost_N.clone() if self._feedback else None
+        try:
+            yield
+        except BaseException:
+            if self._feedback and lost_N is not None:
+                self._feedback.lost_N.copy_(lost_N)
+            raise
+
+    def _new_feedback(self) -> ErrorFeedback | None:
+        if self._context.plan.compress == "none":
+            return None
+        from tricorn.comm.codecs import ErrorFeedback, find
+
+        return ErrorFeedback(find(self._context.plan.compress), len(self._grads_N), self._grads_N.dtype)
+
+    def _begin_anew(self) -> None:
+        self._feedback = self._new_feedback()
+        anew = model_without_rows(self._job)
+        self._prefilled = self._given(anew)
+        tables = {table.parameter for table in self._tables}
+        state = {name: value for name, value in anew.state_dict().items() if name not in tables}
+        self._flat.module.load_state_dict(state)
+        for buffer, initial in zip(self._flat.module.buffers(), anew.buffers(), strict=True):
+            buffer.copy_(initial)  # a state dict need not have them all
+
+    def _given(self, model: nn.Module) -> list[Tensor | None]:
+        """The rows that the model itself gives its tables, which rank 0 brings to the servers."""
+        if self._context.rank != 0:
+            return []
+        return [model.get_parameter(table.parameter).detach() if table.prefilled else None for table in self._tables]
+
+    def _description(self, part: tuple[int, int], buckets: tuple[int, int]) -> Description:
+        plan = self._context.plan
+        return Description(
+            tables=tuple((entry.name, entry.shape) for entry in self._flat.entries),
+            dtype="float64" if self._job.precision == "float64" else "float32",
+            start=part[0],
+            stop=part[1],
+            optimizer=self._job.optimizer,
+            consistency=plan.consistency,
+            staleness=plan.staleness,
+            sparse=self._specs(buckets),
+            sparse_consistency=plan.sparse_consistency,
+            stale=plan.stale,
+        )
+
+    def _specs(self, buckets: tuple[int, int]) -> tuple[TableSpec, ...]:
+        return tuple(
+            TableSpec(
+                name=table.name,
+                dim=table.dim,
+                dtype="float64" if self._job.precision == "float64" else "float32",
+                seed=self._job.seed,
+                declared=table.declared,
+                optimizer=table.optimizer,
+                buckets=buckets,
+                prefilled=table.rows if table.prefilled else 0,
+            )
+            for table in self._tables
+        )
+
+    def _factor(self, step: int) -> float:
+        """What the schedule makes of every optimizer's rate."""
+        return float(self._job.schedule(step)) if self._job.schedule else 1.0

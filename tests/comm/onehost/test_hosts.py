@@ -1,0 +1,92 @@
+"""Ranks in two network namespaces: the same results as on one host, and a lost rank ends the waits of all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tricorn.errors import PeerLost
+from tricorn.testing.hosts import Host, RunningHost, hosts, hosts_unavailable
+
+SIZE = 4
+DETECTED = 5.0  # seconds on a loaded machine, against a timeout of 30
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[RunningHost, RunningHost]]:
+    if reason := hosts_unavailable():
+        pytest.skip(reason)
+    with hosts(Host(), Host()) as made:
+        yield made
+
+
+def enter(spaces: list[str], rank: int, size: int, folder: Path) -> None:
+    """Go to the host of this rank and join the group."""
+    with open(spaces[rank // 2]) as space:
+        assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    store = dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("tricorn", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+
+
+@pytest.fixture
+def ranks(pair: tuple[RunningHost, RunningHost], start_ranks: Any, tmp_path: Path) -> Iterator[Any]:
+    spaces = [re.search(r"--net=(\S+)", " ".join(host.prefix))[1] for host in pair]
+    yield from start_ranks(SIZE, partial(enter, spaces), tmp_path)
+
+
+def operations(_: None) -> None:
+    rank = dist.get_rank()
+    for dtype in (torch.float32, torch.int64):
+        for count in (3, 200_000):
+            x = torch.arange(count).to(dtype) + rank
+            dist.all_reduce(x)
+            assert torch.equal(x, (torch.arange(count) * 4 + 6).to(dtype))
+            for root in range(SIZE):
+                x = torch.full((count,), rank, dtype=dtype)
+                dist.broadcast(x, root)
+                assert (x == root).all()
+    mean = torch.full((3,), float(rank))
+    dist.all_reduce(mean, dist.ReduceOp.AVG)
+    assert mean.tolist() == [1.5] * 3
+    parts = [torch.empty(2) for _ in range(SIZE)]
+    dist.all_gather(parts, torch.full((2,), float(rank)))
+    assert [part[0].item() for part in parts] == [0, 1, 2, 3]
+    if rank == 0:
+        dist.send(torch.ones(1), 3)
+    elif rank == 3:
+        far = torch.zeros(1)
+        dist.recv(far, 0)
+        assert far.item() == 1
+    dist.barrier()
+
+
+def endlessly(_: None) -> str:
+    try:
+        while True:
+            dist.all_reduce(torch.ones(1000))
+    except PeerLost as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("victim", [1, 2], ids=["follower", "leader"])
+def test_two_hosts_of_two_ranks(ranks: Any, victim: int) -> None:
+    ranks.each(operations)
+    ranks.start(endlessly)
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    said = [ranks.answer(rank) for rank in range(SIZE) if rank != victim]
+    assert time.monotonic() - killed < DETECTED
+    assert any(f"rank {victim % 2} died" in text for text in said)

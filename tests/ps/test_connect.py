@@ -1,0 +1,188 @@
+"""The parameter server in loops of one's own: several clients, every consistency, tables, TLS, and mistakes."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tricorn
+from tricorn import optim
+from tricorn.errors import AuthenticationError, Diverged, PeerLost, ProtocolError, UsageError
+from tricorn.ps import Session, connect, serving
+from tricorn.ps.access import Access
+from tricorn.ps.ask import ask
+from tricorn.ps.standing import client_tls, server_tls
+from tricorn.table import Table
+
+SGD = optim.SGD(lr=0.5)
+GOAL = torch.tensor([1.0, -2.0, 3.0])
+
+
+def declared(**changes: Any) -> dict[str, Any]:
+    return {"dense": {"w": torch.zeros(3), "b": torch.zeros(())}, "optimizer": SGD} | changes
+
+
+def together(servers: Access, workers: int, work: Callable[[Session, int], Any], **changes: Any) -> list[Any]:
+    def one(rank: int) -> Any:
+        with connect(servers, rank=rank, **declared(**changes)) as client:
+            return work(client, rank)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, range(workers)))
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "tcp"])
+@pytest.mark.parametrize("consistency", ["bsp", "ssp", "asp"])
+def test_clients_train_together(consistency: str, share: bool) -> None:
+    def work(client: Session, rank: int) -> torch.Tensor:
+        client.pull().wait()
+        for _ in range(30):
+            client.gradients["w"].copy_((client.weights["w"] - GOAL) / 2)
+            client.push_pull().wait()
+        client.barrier()
+        client.pull().wait()
+        assert client.clock() == 30
+        return client.weights["w"].clone()
+
+    with serving(2, workers=2) as servers:
+        found = together(servers, 2, work, consistency=consistency, share=share)
+    for weights in found:
+        torch.testing.assert_close(weights, GOAL, rtol=0, atol=1e-3)
+
+
+def test_synchronous_clients_take_the_mean_over_all_samples() -> None:
+    def work(client: Session, rank: int) -> float:
+        client.pull().wait()
+        client.gradients["b"].fill_((1.0, 5.0)[rank])
+        client.push(count=(3, 1)[rank])
+        client.pull().wait()
+        return client.weights["b"].item()
+
+    with serving(workers=2) as servers:
+        assert together(servers, 2, work, consistency="bsp") == [-0.5 * (3 * 1.0 + 5.0) / 4] * 2
+
+
+def test_rows_are_read_and_trained() -> None:
+    ids = torch.tensor([7, -1, 2**60])
+
+    def work(client: Session, rank: int) -> torch.Tensor:
+        rows = client.pull({"emb": ids}).wait()["emb"]
+        first = rows.clone()
+        client.push({"emb": (ids, torch.ones(3, 4))}).wait()
+        after = client.push_pull({"emb": (ids[:1], torch.ones(1, 4))}, {"emb": ids}).wait()["emb"]
+        expected = first - 0.5
+        expected[0] -= 0.5
+        torch.testing.assert_close(after, expected)
+        return first
+
+    with serving(2) as servers:
+        (first,) = together(servers, 1, work, tables={"emb": (4, Table(std=0.1))})
+        found = [ask(address, bytes.fromhex(servers.secret)) for address in servers.servers.values()]
+    assert first.abs().min() > 0
+    assert sum(table["rows"] for one in found for table in one["tables"]) == 3
+    assert sorted(hot for one in found for table in one["tables"] for hot in table["hot"]) == [
+        [-1, 1], [7, 2], [2**60, 1]
+    ]  # fmt: skip
+    assert all(one["requests"] >= 3 and one["p50"] <= one["p99"] and one["bytes_sent"] > 0 for one in found)
+    assert {age: count for one in found for age, count in one["staleness"].items()} == {"0": 1, "1": 1}
+
+
+def test_requests_are_carried_out_in_order_and_may_be_awaited_late() -> None:
+    with serving() as servers, connect(servers, **declared()) as client:
+        client.gradients["b"].fill_(1.0)
+        tickets = [client.push() for _ in range(10)]
+        last = client.pull()
+        last.wait()
+        assert client.weights["b"].item() == -5.0
+        for ticket in tickets:
+            ticket.wait()
+
+
+def test_a_client_that_comes_back_goes_on() -> None:
+    with serving() as servers:
+        for life in range(3):
+            with connect(servers, **declared()) as client:
+                client.pull().wait()
+                assert client.weights["b"].item() == -0.5 * life
+                client.gradients["b"].fill_(1.0)
+                client.push().wait()
+
+
+def test_mistakes_are_told_by_name() -> None:
+    with serving() as servers:
+        with connect(servers, **declared()) as client:
+            with pytest.raises(UsageError, match="no table 'other'"):
+                client.pull({"other": torch.tensor([1])})
+            client.gradients["w"].fill_(torch.nan)
+            with pytest.raises(Diverged, match="not finite"):
+                client.push().wait()
+        with pytest.raises(ProtocolError, match="not those that this server holds"):
+            connect(servers, **declared(dense={"w": torch.zeros(4)}))
+        with pytest.raises((AuthenticationError, PeerLost)):
+            connect([*servers.servers.values()], secret=b"x" * 32, **declared())
+        with pytest.raises(ProtocolError, match="none of rank 1"):
+            connect(servers, rank=1, **declared())
+    with pytest.raises(PeerLost, match="nobody answers"):
+        connect(servers, **declared())
+    with pytest.raises(UsageError, match="no secret"):
+        connect([("127.0.0.1", 1)], **declared())
+    with pytest.raises(UsageError, match="cannot be read"):
+        connect("nowhere.json", **declared())
+    with pytest.raises(UsageError, match="float16"):
+        connect(servers, **declared(dense={"w": torch.zeros(3, dtype=torch.float16)}))
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    make_certificate(certificate, key)
+    return certificate, key
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+         "-subj", "/CN=tricorn", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_tls(certificate: tuple[Path, Path]) -> None:
+    big = {"dense": {"w": torch.zeros(500_000)}}
+    with serving(tls=server_tls(*certificate)) as servers:
+        with connect(servers, **declared(**big), tls=certificate[0]) as client:
+            client.pull().wait()
+            client.gradients["w"].fill_(1.0)
+            for _ in range(3):
+                client.push_pull().wait()
+            assert torch.equal(client.weights["w"], torch.full((500_000,), -1.5))
+        (address,) = servers.servers.values()
+        assert ask(address, bytes.fromhex(servers.secret), certificate[0])["requests"] > 3
+        with pytest.raises(PeerLost):  # a plain client
+            connect(servers, **declared(**big))
+    with serving() as servers, pytest.raises((AuthenticationError, PeerLost)):  # a plain server
+        connect(servers, **declared(**big), tls=certificate[0])
+
+
+def test_a_certificate_that_is_not_trusted(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other.pem"
+    make_certificate(other, tmp_path / "key.pem")
+    with serving(tls=server_tls(*certificate)) as servers, pytest.raises(AuthenticationError, match="not trusted"):
+        connect(servers, **declared(), tls=other)
+    with pytest.raises(UsageError, match="no certificate to trust"):
+        client_tls(tmp_path / "nothing.pem")
+    with pytest.raises(UsageError, match="no certificate to serve with"):
+        server_tls(other, certificate[1])
+
+
+def test_the_example_trains() -> None:
+    example = runpy.run_path(str(Path(tricorn.__file__).parents[2] / "examples" / "own_loop.py"))
+    assert max(example["main"](steps=100)) < 0.1

@@ -1,0 +1,78 @@
+"""Tables in real runs: the same numbers under every strategy, and every sample once through ``kill -9``.
+
+TRICORN_ROUNDS says how many seeds are run for each mode.
+"""
+
+import os
+import signal
+from functools import cache
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from tricorn.data.order import Permutation, step_range
+from tricorn.data.sources import as_source
+from tricorn.state.flat import build_model
+
+from . import harness, table_jobs
+
+FILE = harness.JOBS.with_name("table_jobs.py")
+ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
+PS = ["--strategy", "ps", "--workers", "2", "--servers", "2"]
+VICTIMS = ["worker-0", "worker-1", "server-0", "server-1"]
+MODES = {
+    "bsp": [],
+    "ssp": ["--consistency", "ssp"],
+    "asp": ["--consistency", "asp"],
+    "hybrid": ["--sparse-consistency", "asp"],
+}
+
+
+def weights(run):
+    return harness.flat(harness.trained_model(table_jobs.job, run.folder))
+
+
+@cache
+def expected():
+    """The weights that one process comes to: the sum of all updates, in any order."""
+    job = table_jobs.job
+    model, source = build_model(job), as_source(job.train)
+    optimizer = torch.optim.SGD(model.parameters(), lr=job.optimizer.lr)
+    for step in range(table_jobs.STEPS):
+        epoch, start, stop = step_range(step, len(source), job.batch_size)
+        ids = Permutation(job.seed, epoch, source.fingerprint, len(source)).ids(start, stop)
+        inputs, target = source.fetch(ids)
+        optimizer.param_groups[0]["lr"] = job.optimizer.lr * job.schedule(step)
+        optimizer.zero_grad()
+        job.loss(model(*inputs), target).backward()
+        optimizer.step()
+    return harness.flat(model)
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_are_updated_once_through_deaths(tmp_path, mode, seed):
+    run = harness.start(tmp_path, "job", *PS, *MODES[mode], "--checkpoint-every", "20", file=FILE)
+    run.reach(5)
+    killed = run.disturb(Random(f"{mode}/{seed}"), VICTIMS, kills=2)
+    summary = run.summary()
+    assert killed
+    assert summary["exactly_once"]
+    assert summary["steps"] == table_jobs.STEPS
+    with run.ledger() as ledger:
+        for epoch in range(table_jobs.EPOCHS):
+            once = np.ones(table_jobs.SAMPLES)
+            assert np.array_equal(ledger.times_committed(epoch), once), f"epoch {epoch}, killed {killed}"
+    assert harness.distance(weights(run), expected()) <= 1e-10, f"killed {killed}"
+
+
+def test_an_interrupted_run_goes_on_by_data_parallel(tmp_path):
+    run = harness.start(tmp_path, "job", *PS, file=FILE)
+    run.reach(20)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 130
+    again = harness.resume(tmp_path, "--strategy", "dp", "--workers", "1")
+    again.summary()
+    assert harness.distance(weights(again), expected()) <= 1e-10
