@@ -90,6 +90,8 @@ def test_what_is_not_finite_is_not_hidden(name, value):
 
 @given(flat=floats(2.0**126), fraction=st.floats(0.001, 1))
 def test_topk_keeps_the_largest(flat, fraction):
+    # Some libraries have the processor take subnormal numbers for zero.
+    flat = torch.where(flat.abs() < torch.finfo(flat.dtype).tiny, 0.0, flat)
     codec = codecs.TopK(fraction)
     found = round_trip(codec, flat)
     kept = found != 0
