@@ -1,8 +1,9 @@
-"""Run every benchmark and write RESULTS.md: each figure with its command, versions and date."""
+"""Run every benchmark, or those named, and write RESULTS.md: each figure with its command, versions and date."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from datetime import date
@@ -53,9 +54,16 @@ def section(name: str, quick: list[str]) -> str:
 
 def main() -> None:
     quick = [argument for argument in sys.argv[1:] if argument == "--quick"]
-    sections = [section(name, quick) for name in BENCHMARKS]
-    (HERE / "RESULTS.md").write_text("# Results\n\nWritten by `make bench`.\n\n" + "\n\n".join(sections) + "\n")
-    print((HERE / "RESULTS.md").read_text())
+    names = [argument for argument in sys.argv[1:] if argument != "--quick"] or BENCHMARKS
+    results = HERE / "RESULTS.md"
+    sections = dict.fromkeys(BENCHMARKS, "")
+    for text in results.read_text().split("\n## ")[1:]:  # what is not run again stays
+        sections[re.search(r"benchmarks/(\w+)\.py", text)[1]] = f"## {text.strip()}"
+    for name in names:
+        sections[name] = section(name, quick)
+        written = "\n\n".join(text for text in sections.values() if text)
+        results.write_text(f"# Results\n\nWritten by `make bench`.\n\n{written}\n")
+    print(results.read_text())
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
         ({"strategy": "dp", "servers": 1}, ["servers is 1, but only --strategy ps has servers; leave it out"]),
         (
             {"strategy": "mp", "consistency": "asp"},
-            ["consistency is asp, but only --strategy ps can be asynchronous; leave it out"],
+            ["consistency is asp, but only --strategy ps can be asynchronous; add that"],
         ),
         ({"strategy": "ps", "servers": 1, "staleness": -1}, ["staleness is -1; give 0 or more"]),
         ({"strategy": "mp", "microbatches": 0}, ["microbatches is 0; give at least 1"]),

@@ -62,7 +62,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.strategy != "ps" and self.servers:
             found.append(f"servers is {self.servers}, but only --strategy ps has servers; leave it out")
         if self.strategy != "ps" and self.consistency != "bsp":
-            found.append(f"consistency is {self.consistency}, but only --strategy ps can be asynchronous; leave it out")
+            found.append(f"consistency is {self.consistency}, but only --strategy ps can be asynchronous; add that")
+        if self.stale != "keep" and self.strategy == "ps" and self.consistency == "bsp":
+            found.append(f"stale is {self.stale}, but with consistency bsp no gradient is; take ssp or asp")
         if self.staleness < 0:
             found.append(f"staleness is {self.staleness}; give 0 or more")
         if self.microbatches is not None and self.microbatches < 1:

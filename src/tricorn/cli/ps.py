@@ -38,7 +38,10 @@ def stats(
         time.sleep(interval)
         after = {name: ask(address, bytes.fromhex(found.secret), tls) for name, address in found.servers.items()}
     except PeerLost as error:
-        raise UsageError(f"{where} is not in progress: {error}") from None
+        raise UsageError(
+            f"no server of {where} answers: {error}",
+            remedy="Try again if it has just begun; once a run is over, its summary.json says what it came to.",
+        ) from None
     servers = {name: after[name] | _rates(before[name], after[name]) for name in after}
     if json:
         print(msgspec.json.encode({"servers": servers}).decode(), flush=True)

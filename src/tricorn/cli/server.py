@@ -50,7 +50,8 @@ def server(
         raise UsageError("a certificate and its key go together", remedy="Give --certificate and --key, or neither.")
     children: dict[int, str] = {}
     addresses: dict[str, Address] = {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what is in the background without the first
+        signal.signal(number, signal.default_int_handler)
     try:
         for index in range(servers):
             at = port + index if port else 0

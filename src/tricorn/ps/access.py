@@ -38,5 +38,5 @@ def read(path: Path) -> Access:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the servers' addresses cannot be read: {error}", remedy=_REMEDY) from None
     if not found:
-        raise UsageError(f"no server has an address in {path}", remedy=_REMEDY)
+        raise UsageError(f"no server is there now: {path} is empty, as before a run and after it", remedy=_REMEDY)
     return Access(servers={name: at for one in found for name, at in one.servers.items()}, secret=found[-1].secret)
