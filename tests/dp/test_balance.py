@@ -89,7 +89,7 @@ def test_stalls(period):
             clock += took[-1]
         return sum(took[-500:]) / 500
 
-    assert mean(True) <= mean(False) * (0.5 if period == 4_000 else 1.15)
+    assert mean(True) <= mean(False) * (0.5 if period == 4_000 else 1.05)
 
 
 def test_it_follows_a_change_of_speeds():

@@ -46,9 +46,9 @@ class Balance:
         self._steps = 0
         self._samples = [0] * workers
         self._seconds = [0.0] * workers
-        self._before: tuple[list[int], float] | None = (
-            None  # the weights before the last change, and the seconds it has to reach
-        )
+        self._longest = 0.0  # seconds of the slowest worker of each step: what all wait for
+        # The weights before the last change, and the seconds that a step has to take with it.
+        self._before: tuple[list[int], float] | None = None
         self._rest = 0  # windows for which nothing is changed, because the last change was none for the better
         self._rests = 1
 
@@ -57,17 +57,18 @@ class Balance:
         self._steps += 1
         self._samples = [sum(pair) for pair in zip(self._samples, samples, strict=True)]
         self._seconds = [sum(pair) for pair in zip(self._seconds, seconds, strict=True)]
+        self._longest += max(seconds)
         if self._steps < WINDOW_STEPS or max(self._seconds) < WINDOW_SECONDS:
             return False
         known = all(n > 0 and t > 0 for n, t in zip(self._samples, self._seconds, strict=True))
         changed = known and (self._regret() or self._decide())
         self._steps, self._samples, self._seconds = 0, [0] * len(self.weights), [0.0] * len(self.weights)
+        self._longest = 0.0
         return changed
 
     def _regret(self) -> bool:
         """Take back a change that has not gained what it had to: one that stalls gains nothing by having less to do."""
-        now = max(self._seconds) / self._steps
-        if self._before is None or now <= self._before[1]:
+        if self._before is None or self._longest / self._steps <= self._before[1]:
             self._before = None
             return False
         self.weights, self._before = self._before[0], None
@@ -95,6 +96,6 @@ class Balance:
         weights = [round(PARTS * len(above) * n / sum(above)) for n in above]
         if weights == self.weights:
             return False
-        self._before = self.weights, now / self._steps * (1 - GAIN / 2)
+        self._before = self.weights, self._longest / self._steps * (1 - GAIN / 2)
         self.weights = weights
         return True
