@@ -29,7 +29,10 @@ def serve(rank, folder, count, barrier, times):
     name = "server" if rank == WORKERS else f"worker-{rank}"
     rpc.init_rpc(name, rank=rank, world_size=WORKERS + 1, rpc_backend_options=options)
     if rank < WORKERS:
-        call = lambda *arguments: rpc.rpc_sync("server", push_pull, args=arguments)  # noqa: E731 - a short adapter
+
+        def call(*arguments):
+            return rpc.rpc_sync("server", push_pull, args=arguments)
+
         times.put(work(call, batches(rank, count), WARM, barrier.wait, now))
     rpc.shutdown()
 

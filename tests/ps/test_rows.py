@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +282,9 @@ def test_a_memory_limit_is_told_and_nothing_changes(hub: Build, consistency: str
     pushed = [gradients([1, 2], 1.0), gradients(torch.arange(100_000), 1.0, tables - 1)][2 - tables :]
     if consistency == "bsp":
         client.push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), dense(1.0), pushed)
-        change = lambda: client.pull_version(1, dense(), scale=1.0, factor=1.0)  # noqa: E731 - one of two
+        change = partial(client.pull_version, 1, dense(), scale=1.0, factor=1.0)
     else:
-        change = lambda: client.push(0, [0], dense(1.0), pushed, factor=1.0)  # noqa: E731
+        change = partial(client.push, 0, [0], dense(1.0), pushed, factor=1.0)
     with pytest.raises(TableFull, match="table 'emb'"):
         change()
     if consistency == "bsp":  # who asks again is told again
@@ -331,7 +332,9 @@ def test_a_checkpoint_of_tables_goes_on_with_other_servers(
 ) -> None:
     monkeypatch.setattr("tricorn.ps.table.CHUNK", 7)
     tables = (spec(optimizer=optim.Adam(lr=0.1)), spec("b", optimizer=optim.RowwiseAdagrad(lr=0.1)), spec("none"))
-    rows = lambda: [gradients(range(-20, 20), 1.5), gradients([3, 7], 0.5, 1)]  # noqa: E731
+
+    def rows() -> list[RowGradients]:
+        return [gradients(range(-20, 20), 1.5), gradients([3, 7], 0.5, 1)]
 
     def steps(client: Client, count: int, servers: int, first: int) -> None:
         for step in range(first, first + count):
