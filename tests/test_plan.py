@@ -34,11 +34,11 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
             {"strategy": "mp", "consistency": "asp"},
             ["consistency is asp, but only --strategy ps can be asynchronous; add that"],
         ),
-        ({"strategy": "ps", "servers": 1, "staleness": -1}, ["staleness is -1; give 0 or more"]),
+        ({"strategy": "ps", "servers": 1, "staleness": -1}, ["staleness is -1; give at least 0"]),
         ({"strategy": "mp", "microbatches": 0}, ["microbatches is 0; give at least 1"]),
         (
             {"strategy": "ps", "servers": 1, "microbatches": 2},
-            ["microbatches is set, but only --strategy dp and mp have microbatches; leave it out"],
+            ["microbatches is 2, but only --strategy dp and mp has that; leave it out"],
         ),
         ({"strategy": "dp", "threads": 0}, ["threads is 0; give at least 1"]),
     ],

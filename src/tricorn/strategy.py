@@ -171,5 +171,6 @@ def find(name: str) -> Strategy:
     """The strategy of that name, imported only now: each brings what only it needs."""
     import importlib
 
-    strategy: Strategy = importlib.import_module(f"tricorn.{name}").strategy
+    folder = "hybrid" if "+" in name else name
+    strategy: Strategy = importlib.import_module(f"tricorn.{folder}").strategy
     return strategy

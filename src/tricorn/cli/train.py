@@ -16,11 +16,15 @@ from tricorn.errors import UsageError
 from tricorn.plan import Plan
 from tricorn.run import execute, timing_of
 
-Strategy = StrEnum("Strategy", ["ps", "dp", "mp"])
+Strategy = StrEnum("Strategy", {"ps": "ps", "dp": "dp", "mp": "mp", "ps_dp": "ps+dp", "ps_mp": "ps+mp"})
 Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
 Stale = StrEnum("Stale", ["keep", "scale", "compensate", "drop"])
 Compression = StrEnum("Compression", ["none", "bf16", "fp16", "int8", "topk", "powersgd"])
 Outer = StrEnum("Outer", ["average", "nesterov"])
+Schedule = StrEnum(
+    "Schedule", {"gpipe": "gpipe", "one": "1f1b", "interleaved": "interleaved", "zero_bubble": "zero-bubble"}
+)
+Embeddings = StrEnum("Embeddings", ["whole", "rows", "columns", "tables"])
 
 
 def train(
@@ -28,9 +32,10 @@ def train(
         str | None, typer.Argument(metavar="FILE[:NAME]", help="The job's file, and its name if not 'job'.")
     ] = None,
     strategy: Annotated[
-        Strategy | None, typer.Option(help="ps: parameter server, dp: data parallel, mp: pipeline. [dp]")
+        Strategy | None,
+        typer.Option(help="ps: parameter server, dp: data parallel, mp: model parallel; ps+dp, ps+mp: both. [dp]"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; with mp, pipeline stages. [2]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. [2]")] = None,
     servers: Annotated[int | None, typer.Option(help="Parameter servers, with ps. [1]")] = None,
     consistency: Annotated[
         Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. [bsp]")
@@ -49,6 +54,17 @@ def train(
         bool | None, typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed.")
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="With dp and mp: parts of a batch. [chosen]")] = None,
+    replicas: Annotated[int | None, typer.Option(help="With mp: how many copies of the model. [1]")] = None,
+    tensor: Annotated[int | None, typer.Option(help="With mp: workers that share each layer. [1]")] = None,
+    schedule: Annotated[Schedule | None, typer.Option(help="With mp: the order of a pipeline's work. [chosen]")] = None,
+    chunks: Annotated[int | None, typer.Option(help="With --schedule interleaved: stages a worker. [2]")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="With mp: compute activations again. [chosen]")
+    ] = None,
+    embeddings: Annotated[
+        Embeddings | None, typer.Option(help="With dp and mp: how embedding tables are spread. [whole]")
+    ] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. [the machine's]")] = None,
     compress: Annotated[Compression | None, typer.Option(help="How gradients travel. [none]")] = None,
     local_steps: Annotated[int | None, typer.Option(help="Updates a worker makes before all meet. [1]")] = None,
     outer: Annotated[Outer | None, typer.Option(help="With --local-steps: how they meet. [nesterov]")] = None,
@@ -68,7 +84,10 @@ def train(
         "strategy": strategy and strategy.value, "workers": workers, "servers": servers,
         "consistency": consistency and consistency.value, "staleness": staleness,
         "sparse_consistency": sparse_consistency and sparse_consistency.value, "stale": stale and stale.value,
-        "zero": zero, "balance": balance, "microbatches": microbatches, "compress": compress and compress.value,
+        "zero": zero, "balance": balance, "microbatches": microbatches,
+        "replicas": replicas, "tensor": tensor, "schedule": schedule and schedule.value, "chunks": chunks,
+        "recompute": recompute, "embeddings": embeddings and embeddings.value, "memory": memory,
+        "compress": compress and compress.value,
         "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
@@ -98,6 +117,6 @@ def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
         plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads)
-    if strategy == "ps" and plan.servers == 0:
+    if str(strategy).startswith("ps") and plan.servers == 0:
         changes = {"servers": 1, **changes}
     return msgspec.structs.replace(plan, **changes)
