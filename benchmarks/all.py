@@ -17,6 +17,8 @@ BENCHMARKS = (
     "collectives",
     "dp",
     "slow_link",
+    "mp",
+    "mp_cut",
     "ps_table",
     "ps_wire",
     "ps_ctr",

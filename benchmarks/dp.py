@@ -1,4 +1,4 @@
-"""Data parallel training of an MLP by two workers: its step, its memory, and a worker at a quarter of the speed."""
+"""Data parallel training by two workers: an MLP's step, PyTorch's own programs, memory, and a slow worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tricorn.errors import ClusterError
 from tricorn.testing.cgroup import Cgroup
 
 JOBS = ROOT / "benchmarks" / "jobs" / "mlp.py"
-PEER = ROOT / "benchmarks" / "peers" / "ddp_mlp.py"
+PEERS = ROOT / "benchmarks" / "peers"
 sys.path.insert(0, str(JOBS.parent))
 
 
@@ -72,15 +72,18 @@ def _peak(pid: int) -> int:
         return 0
 
 
-def peer(kind: str) -> float:
+def pair(program: str, *before_rank: str, after: tuple[str, ...] = ()) -> list[str]:
+    """What each of two ranks of a peer prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        subprocess.Popen([sys.executable, PEER, kind, str(rank), str(port)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    return max(float(rank.communicate()[0]) for rank in ranks)
+        port = str(free.getsockname()[1])
+    commands = [[sys.executable, str(PEERS / program), *before_rank, str(rank), port, *after] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    return [rank.communicate()[0] for rank in ranks]
+
+
+def peer(kind: str) -> float:
+    return max(float(printed) for printed in pair("ddp_mlp.py", kind))
 
 
 def steps(report, rounds: int) -> None:
@@ -99,6 +102,16 @@ def steps(report, rounds: int) -> None:
     report.bar("tricorn dp / two that never talk", median["tricorn dp"] / median["two that never talk"], at_most=1.2)
 
 
+def programs(report, rounds: int) -> None:
+    """DDP and FSDP2 as they are, but for the name of the backend."""
+    for case in ("MLP", "ResNet", "transformer"):
+        found = json.loads(pair("torch_dp.py", case, after=(str(rounds),))[0])
+        median = {name: report.row(name, f"step of the {case}", figures, "ms") for name, figures in found.items()}
+        for program in ("ddp", "fsdp2"):
+            ratio = median[f"{program} gloo"] / median[f"{program} tricorn"]
+            report.bar(f"{case}, {program}: Gloo / tricorn", ratio, at_least=1.0)
+
+
 def memory(report) -> None:
     held = {}
     for zero in range(4):
@@ -111,8 +124,8 @@ def memory(report) -> None:
 def balance(report) -> None:
     """Batches of 1024, so that samples and not the update take the time; the quota is handed out every 20 ms."""
     group = Cgroup(f"tricorn-bench-{os.getpid()}")
-    larger = {"MLP_BATCH_SIZE": "1024", "MLP_STEPS": "160"}
-    _, _, expected = tricorn("job", **larger)
+    larger = {"MLP_BATCH_SIZE": "1024", "MLP_STEPS": "96"}
+    _, _, expected = tricorn("double", **larger)
     found = {}
     for name, arguments in (("equal shares", ()), ("balanced", ("--balance",))):
         try:
@@ -121,7 +134,7 @@ def balance(report) -> None:
             print(f"no slow worker here: {error}", file=sys.stderr)
             return
         try:
-            milliseconds, _, weights = tricorn("job", *arguments, slow=group, **larger)
+            milliseconds, _, weights = tricorn("double", *arguments, slow=group, **larger)
         finally:
             group.close()
         found[name] = report.row(name, "step, one worker at a quarter speed", [milliseconds], "ms")
@@ -131,10 +144,17 @@ def balance(report) -> None:
 
 
 def main() -> None:
-    report, chosen = options("data parallel training, two workers, one thread each")
-    steps(report, 1 if chosen.quick else 5)
-    memory(report)
-    balance(report)
+    question = "data parallel training, two workers, one thread each"
+    report, chosen = options(question, cases=("steps", "programs", "memory", "balance"))
+    rounds = 1 if chosen.quick else 5
+    cases = {
+        "steps": lambda: steps(report, rounds),
+        "programs": lambda: programs(report, 2 * rounds),
+        "memory": lambda: memory(report),
+        "balance": lambda: balance(report),
+    }
+    for case in chosen.case or cases:
+        cases[case]()
     report.print(chosen.json)
 
 

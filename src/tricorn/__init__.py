@@ -10,11 +10,23 @@ from tricorn.plan import Plan
 from tricorn.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tricorn import data, optim, ps
+    from tricorn.planner import Cluster, Planned
     from tricorn.run import Result, train
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "optim", "ps", "train"]
+__all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "optim", "plan", "ps", "train"]
+
+
+def plan(
+    job: Job, *, cluster: Cluster | str | Path | None = None, approximate: bool = False, **given: object
+) -> Planned:
+    """Predict what every plan for the job would cost, and say which is best and why; see ``tricorn.planner.plan``."""
+    from tricorn import planner
+
+    return planner.plan(job, given, cluster=cluster, approximate=approximate)
 
 
 def __getattr__(name: str) -> Any:

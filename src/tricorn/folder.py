@@ -86,6 +86,14 @@ def say(folder: Path, job: JobFacts, plan: Plan) -> None:
     write_json(folder / "plan.json", plan)
 
 
+def predict(folder: Path, prediction: dict[str, Any] | None) -> None:
+    """Write what the run is predicted to cost, or that nothing is predicted."""
+    with contextlib.suppress(OSError):  # it is for whoever looks
+        (folder / "predicted.json").unlink(missing_ok=True)
+        if prediction is not None:
+            write_json(folder / "predicted.json", prediction)
+
+
 def finished(folder: Path, job: JobFacts) -> dict[str, Any] | None:
     """The summary of a run that has done all that the job asks for; None if there is something left to do."""
     with contextlib.suppress(OSError, ValueError):

@@ -133,7 +133,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Options(TypedDict, total=False):
     """The fields of a plan, as keyword arguments."""
 
-    strategy: StrategyName
+    strategy: StrategyName | Literal["auto"]
     workers: int
     servers: int
     consistency: Consistency

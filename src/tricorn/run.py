@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Unpack
 
-import msgspec
-
 from tricorn import errors
 from tricorn import folder as folders
 from tricorn.comm.auth import new_secret
@@ -28,6 +26,8 @@ from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
 from tricorn.job import Job
 from tricorn.launcher import Launcher
 from tricorn.plan import Options, Plan
+from tricorn.planner.auto import choose, settled
+from tricorn.planner.prediction import Prediction
 from tricorn.ps import caution
 from tricorn.report.progress import Progress, progress
 
@@ -69,25 +69,30 @@ def train(
 ) -> Result:
     """Train the job on this machine's processes and return the trained model and its history.
 
-    ``options`` are the fields of ``Plan``, as of ``tricorn train``; a whole ``plan`` may be given instead. ``resume``
+    ``options`` are the fields of ``Plan``, as of ``tricorn train``; a whole ``plan`` may be given instead. Without a
+    ``strategy``, or with ``"auto"``, the planner takes the best plan that has these options (on other engines than this
+    machine's, data parallel). ``resume``
     names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``. ``engine`` says
     where roles run, instead of on this machine: see ``tricorn.engine.hosts.on_hosts``.
 
     Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
     Ctrl-C, when the run can be resumed.
     """
+    prediction: Prediction | None = None
     if plan is None:
-        strategy = options.get("strategy", "dp")
-        defaults = {"strategy": strategy, "servers": 1 if strategy == "ps" else 0}
-        try:
-            plan = msgspec.convert({**defaults, **options}, Plan)
-        except msgspec.ValidationError as error:
-            raise PlanError(f"an option of the plan: {error}", remedy="See tricorn.Plan for what there is.") from None
+        given = dict(options)
+        strategy = given.pop("strategy", "auto")
+        if strategy != "auto":
+            plan = settled(strategy, given)
+        elif engine is not LocalEngine or resume is not None:
+            plan = settled("dp", given)
+        else:
+            plan, prediction = choose(job, given)
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     folder = folders.find(resume, Path(runs)) if resume is not None else None
     timing = timing_of(checkpoint_every, heartbeat_timeout)
-    summary, folder = execute(engine, job, plan, timing, runs=Path(runs), folder=folder)
+    summary, folder = execute(engine, job, plan, timing, runs=Path(runs), folder=folder, prediction=prediction)
     return Result(job, folder, summary)
 
 
@@ -99,8 +104,12 @@ def execute(
     *,
     runs: Path,
     folder: Path | None,
+    prediction: Prediction | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a job, given as itself or as (file, name), in a new folder or going on in that of an earlier run."""
+    """Run a job, given as itself or as (file, name), in a new folder or going on in that of an earlier run.
+
+    What it comes to is held against the ``prediction``, if there is one.
+    """
     if mistakes := plan.mistakes():
         raise PlanError("the plan has mistakes:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     display = progress()
@@ -123,6 +132,7 @@ def execute(
                 display.notice(notice)
             folder = folder or folders.create(runs, facts, plan)
             with folders.held(folder):
+                folders.predict(folder, prediction.as_dict() if prediction else None)
                 launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
                 ended = launcher.run()
         except KeyboardInterrupt:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from torch import Tensor, nn
 
     from tricorn.comm.listener import PeerListener
     from tricorn.job import Job
@@ -157,6 +160,78 @@ class Foreseeing(Protocol):
         """That step comes after the next call of ``step``, unless a new membership epoch comes between."""
 
 
+class Beside(Protocol):
+    """Tables that are trained beside what a trainer holds: on parameter servers, or spread over the workers.
+
+    The trainer that is given one calls it by the thread that trains (``interrupt`` by any): ``attach`` for each model
+    it builds, ``join`` for each membership epoch, and for each step ``fetch``, forward and backward, ``hand_over``,
+    and ``commit`` once all workers agree. Every worker calls all of them, with no ``parts`` where it has no samples.
+    """
+
+    alone: bool  # whether no other worker holds what is held here: then the trainer's part is this rank's own
+    foresees: bool  # whether it gains by knowing the next batch
+    reads: bool  # once joined: whether this worker looks rows up, and so wants the inputs of its batches
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload sent to other roles since the start."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Replace the tables of a whole model, as the job builds it, in place: from now on they have no weights."""
+
+    def join(self, seat: Seat, ranks: Sequence[int], module: nn.Module) -> None:
+        """Take the seat, and bring the tables to ``seat.step``. Raises PeerLost.
+
+        ``module`` is this worker's part of the attached model, and ``ranks`` are the workers that have the same part,
+        in ascending order. Where the seat's source is a peer, ``carried`` is copied from it afterwards.
+        """
+
+    def carried(self) -> Tensor:
+        """A small float64 tensor that who copies this worker's state copies too, in place."""
+
+    def foresee(self, step: int, parts: Sequence[Any]) -> None:
+        """The ``parts`` of the step that comes after the next ``fetch``; optional, and only if it ``foresees``."""
+
+    def fetch(self, step: int, parts: Sequence[Any]) -> None:
+        """Have the rows of a step here. ``parts``: the model's inputs for each forward (microbatch), in order."""
+
+    def hand_over(self, count: int) -> float:
+        """After backward and before the workers agree: the row gradients go to where they will be applied.
+
+        They are sums over ``count`` of this worker's share; the counts of all workers add up to the global batch's.
+        Returns an addend to the squared L2 norm of the summed gradient: all workers' addends make that of all tables.
+        It is 0.0 unless the job clips. Raises Diverged, on every worker, PeerLost.
+        """
+
+    def commit(self, count: int, scale: float, factor: float) -> None:
+        """All agree: the step takes effect with the mean over the global ``count``, times ``scale`` (of clipping).
+
+        ``factor`` multiplies every rate (the job's schedule). Talks to nobody and cannot fail.
+        """
+
+    def abandon(self) -> None:
+        """The step has failed: forget its gradients, here, and let the others fail too."""
+
+    def judging(self, parts: Sequence[Any]) -> AbstractContextManager[None]:
+        """A context in which forwards of these inputs find their rows, and nothing is learned."""
+
+    def pieces(self) -> Sequence[Piece]:
+        """What this worker adds to a checkpoint, copied; where servers hold the tables, they are told to save."""
+
+    def interrupt(self) -> None:
+        """Make a call that is blocked raise ``PeerLost`` soon. Safe from any thread."""
+
+    def close(self) -> None:
+        """Release sockets and threads."""
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A trainer that says how much of its steps was computing."""
+
+    computed: float  # seconds of forward and backward so far, without waiting for others
+
+
 class Strategy(Protocol):
     """One of the three families. ``strategies`` lists them all."""
 
@@ -167,10 +242,10 @@ class Strategy(Protocol):
         """A worker's half, with the model built from the job's seed: identical in every worker."""
 
 
-def find(name: str) -> Strategy:
-    """The strategy of that name, imported only now: each brings what only it needs."""
+def find(plan: Plan) -> Strategy:
+    """The strategy of a plan, imported only now: each brings what only it needs."""
     import importlib
 
-    folder = "hybrid" if "+" in name else name
+    folder = "hybrid" if plan.strategy != plan.dense or plan.embeddings != "whole" else plan.strategy
     strategy: Strategy = importlib.import_module(f"tricorn.{folder}").strategy
     return strategy

@@ -46,7 +46,7 @@ def test_the_doctor_speaks_json(tmp_path):
         (["train", "nowhere.py"], "there is no file nowhere.py"),
         (["train", "empty.py"], "there is no job"),
         (["train", "empty.py:other"], "there is no other"),
-        (["train", "empty.py", "--servers", "3"], "only --strategy ps has servers"),
+        (["train", "empty.py", "--strategy", "dp", "--servers", "3"], "only --strategy ps has servers"),
         (["train", "empty.py", "--workers", "0"], "give at least 1"),
         (["train", "empty.py", "--checkpoint-every", "soon"], "such as 30s"),
         (["train", "--resume", "nothing"], "there is no run nothing"),

@@ -79,7 +79,8 @@ BEAT = {"type": "Heartbeat", "bytes_sent": 1}
     "document",
     [
         BEAT | {"more": 1}, BEAT | {"type": "Nonsense"}, BEAT | {"type": 1}, {"bytes_sent": 1}, {"type": "Heartbeat"},
-        *(BEAT | {"bytes_sent": wrong} for wrong in ("1", 1.5, True, None, -1, 2**53, [1])), [], 1, None, "Heartbeat",
+        *(BEAT | {field: it} for field in ("bytes_sent", "peak_bytes") for it in ("1", 1.5, True, None, -1, 2**53)),
+        [], 1, None, "Heartbeat", BEAT | {"bytes_sent": [1]},
         {"type": "Saved", "epoch": 1, "step": 1, "files": [{"name": "../x", "bytes": 1, "sha256": ""}]},
         {"type": "Ready", "epoch": 1, "part": None, "held": [], "address": ["h", 65536]},
         {"type": "Broken", "epoch": 1, "reason": "x" * (m.MAX_TEXT + 1)},

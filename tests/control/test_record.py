@@ -64,7 +64,7 @@ def test_the_summary_of_a_whole_run(record, clock, tmp_path):
     run(record, clock, range(6))
     record.measured(3, {"loss": 0.5})
     record.measured(6, {"loss": 0.25})
-    summary = record.finish("done", 123)
+    summary = record.finish("done", 123, {"worker-0": 5})
     assert msgspec.json.decode((tmp_path / "summary.json").read_bytes()) == summary
     assert summary.keys() >= PROMISED
     assert (summary["run"], summary["outcome"], summary["strategy"]) == (tmp_path.name, "done", "dp")
@@ -72,18 +72,20 @@ def test_the_summary_of_a_whole_run(record, clock, tmp_path):
     assert (summary["seconds"], summary["samples_per_second"]) == (3.0, pytest.approx(20 / 3, abs=0.05))
     assert (summary["bytes_sent"], summary["restarts"], summary["exactly_once"]) == (123, 0, True)
     assert (summary["loss"], summary["metrics"]) == (1 / 6, {"loss": 0.25})
+    assert summary["peak_bytes"].pop("coordinator") > 0
+    assert summary["peak_bytes"] == {"worker-0": 5}
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_run_that_is_not_done_is_exactly_once_as_far_as_it_went(record, clock):
     record.begin(1, Intervals(), "the run begins")
     run(record, clock, range(2))
-    assert record.finish("stopped", 0)["exactly_once"] is True
-    assert record.finish("done", 0)["exactly_once"] is False
+    assert record.finish("stopped", 0, {})["exactly_once"] is True
+    assert record.finish("done", 0, {})["exactly_once"] is False
 
 
 def test_nothing_happened(record):
-    summary = record.finish("stopped", 0)
+    summary = record.finish("stopped", 0, {})
     assert (summary["steps"], summary["seconds"], summary["samples_per_second"], summary["loss"]) == (0, 0.0, 0.0, None)
 
 
@@ -95,7 +97,7 @@ def test_a_run_that_goes_on_counts_its_own_speed_and_every_step(tmp_path, clock)
         clock.advance(1000)
         record.begin(2, Intervals([(0, 3)]), "the coordinator begins")
         run(record, clock, range(3, 6))
-        summary = record.finish("done", 0)
+        summary = record.finish("done", 0, {})
     assert (summary["steps"], summary["restarts"], summary["exactly_once"]) == (6, 1, True)
     assert (summary["seconds"], summary["samples_per_second"]) == (1.5, pytest.approx(10 / 1.5, abs=0.05))
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(6))
@@ -109,7 +111,7 @@ def test_a_coordinator_that_is_replaced_goes_on_with_the_account(tmp_path, clock
         torn.write(b'{"step":3,"lo')
     with opened(tmp_path) as record:
         record.begin(2, Intervals([(0, 3)]), "the coordinator begins")
-        summary = record.finish("stopped", 0)
+        summary = record.finish("stopped", 0, {})
     assert (summary["seconds"], summary["loss"]) == (1.5, 1 / 3)
     assert summary["samples_per_second"] == pytest.approx(10 / 1.5, abs=0.05)
     assert [row["step"] for row in history(tmp_path)] == [0, 1, 2]
@@ -187,5 +189,5 @@ def test_a_full_disk_is_an_error_and_leaves_no_summary(tmp_path, clock):
         with pytest.raises(OSError, match="No space left"):
             record.flush()
         with pytest.raises(OSError, match="No space left"):
-            record.finish("done", 0)
+            record.finish("done", 0, {})
     assert not (tmp_path / "summary.json").exists()

@@ -247,12 +247,16 @@ def test_wishes_counts_and_bytes_are_agreed(crew):
     outcomes = team.step(0, inputs, target, checkpoint=1)
     assert {(o.count, o.samples, o.wishes) for o in outcomes} == {(10, 10, Wishes(checkpoint=1, stop=0))}
     elements = team.trainers[0]._state.weights_N.numel()
-    summed = 2 * (4 * elements + 8 * (5 + 1 + 3 + 2))  # gradient; what is agreed, times, changed buffers
+    agreed = 2 * 8 * (5 + 1 + 1 + 3 + 2)  # what is agreed, a norm, times, changed buffers
+    met = 2 * 2 * 4  # where shared memory begins to be used, and where the update is whole
     told = 2 * (4 * 8 + 8 + 3 * 4)  # by the first rank: the order of four parameters, and two buffers
-    assert [trainer.bytes_sent for trainer in team.trainers] == [summed + told, summed, summed]
+    # Gradients and weights: so few are all updated by the last, which reads what the others have and they what it has.
+    parts = [4 * elements] * 2 + [2 * 4 * elements]
+    first, *others = [agreed + met + part for part in parts]
+    assert [trainer.bytes_sent for trainer in team.trainers] == [first + told, *others]
     sent = team.trainers[0].bytes_sent
     team.join("keep", 1)
-    assert team.trainers[0].bytes_sent == sent + 2 * 4 * 8  # the order again
+    assert team.trainers[0].bytes_sent == sent + 2 * 4 * 8 + 2 * 4  # the order again, and the first meeting
 
 
 def test_evaluate_judges_each_share_where_there_is_one(crew):

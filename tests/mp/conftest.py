@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,14 +18,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from tricorn.comm.listener import PeerListener
+from tricorn.control.messages import Begin, Ready
+from tricorn.control.resume import LOST, Source, resume_point
 from tricorn.data.sources import as_source
 from tricorn.job import Job
-from tricorn.mp.trainer import PipelineTrainer
+from tricorn.mp.trainer import MeshTrainer
 from tricorn.plan import Plan
 from tricorn.state.flat import build_model, call_model
-from tricorn.state.gradient import placed
+from tricorn.state.gradient import placed, rows
 from tricorn.state.shards import write_shard
-from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+from tricorn.state.slabs import Slab, slab_of
+from tricorn.strategy import Batch, Context, Outcome, Wishes, find
+from tricorn.worker.loop import seat_of
 
 SECRET = b"s" * 32
 BUILDING = threading.Lock()
@@ -219,51 +224,109 @@ class Crew:
 
     def __init__(self, job: Job, workers: int, cuts: tuple[int, ...] | None = None, **options: Any) -> None:
         self.job = job
-        self.plan = Plan(strategy="mp", workers=workers, **options)
+        self.plan = Plan(**{"strategy": "mp", "workers": workers} | options)
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="stage")
         self.epoch = 0
+        self.still = threading.Barrier(workers)
         self.listeners = [PeerListener(SECRET) for _ in range(workers)]
         self.trainers = [self.hire(rank) for rank in range(workers)]
-        self.trainers[0]._cuts = cuts  # None: to be measured
+        # Measured before there are threads: what torch.fx replaces meanwhile is one for all of a process.
+        chief = self.trainers[0]
+        if isinstance(chief, MeshTrainer):
+            chief._cuts = chief._choose(self.plan.stages * chief._chunks) if cuts is None else cuts
 
-    def hire(self, rank: int) -> PipelineTrainer:
-        trainer = PipelineTrainer(Context(self.job, self.plan, rank, 1, SECRET, self.listeners[rank]))
-        build = trainer._build
+    def hire(self, rank: int) -> Any:
+        trainer: Any = find(self.plan).trainer(Context(self.job, self.plan, rank, 1, SECRET, self.listeners[rank]))
+        if not isinstance(trainer, MeshTrainer):
+            return trainer
+        build, agree, join_beside = trainer._build, trainer._agree_on_cuts, trainer._beside.join
 
-        def build_alone(*args: Any) -> None:
-            # The generator of initial weights, and what torch.fx replaces, are one for all threads of a process.
-            with BUILDING:
-                build(*args)
+        # The generator of initial weights, and what torch.fx replaces in torch and all modules, are one for all threads
+        # of a process: while one builds, no other does anything.
 
-        trainer._build = build_alone
+        def agree_and_stand_still(*args: Any) -> Any:
+            with self.stop_all():
+                agreed = agree(*args)
+            self.still.wait(30)
+            return agreed
+
+        def build_alone(*args: Any) -> Any:
+            with BUILDING, self.stop_all():
+                return build(*args)
+
+        def go_on_when_all_have(*args: Any) -> None:
+            self.still.wait(30)
+            join_beside(*args)
+
+        trainer._agree_on_cuts, trainer._build = agree_and_stand_still, build_alone
+        trainer._beside.join = go_on_when_all_have
         return trainer
+
+    @contextmanager
+    def stop_all(self) -> Iterator[None]:
+        """Let nobody wait in vain for who fails here."""
+        try:
+            yield
+        except BaseException:
+            self.still.abort()
+            raise
 
     def replace(self, rank: int) -> None:
         """The worker of that stage dies, and a new one takes its place."""
         self.trainers[rank].close()
         self.trainers[rank] = self.hire(rank)
 
-    def each(self, function: Callable[[int, PipelineTrainer], Any]) -> list[Any]:
-        """What the function of (rank, trainer) returns or raises for each stage, all called at once."""
-        futures = [self.pool.submit(function, rank, trainer) for rank, trainer in enumerate(self.trainers)]
-        return [future.exception(30) or future.result() for future in futures]
+    def each(self, function: Callable[[int, MeshTrainer], Any], but: int | None = None) -> list[Any]:
+        """What the function of (rank, trainer) returns or raises for each worker ``but`` one, all called at once."""
+        futures = [
+            self.pool.submit(function, rank, trainer) for rank, trainer in enumerate(self.trainers) if rank != but
+        ]
+        if stuck := wait(futures, 30).not_done:
+            errors = [future.exception() for future in futures if future not in stuck]
+            raise TimeoutError(f"{len(stuck)} workers are stuck; the others raised {errors}")
+        return [future.exception() or future.result() for future in futures]
 
     def join(self, source: str, step: int = 0, checkpoint: Path | None = None) -> list[Any]:
+        return self._join(Source(source, step, {}), checkpoint)
+
+    def recover(self, checkpoint: Path | None = None, saved: int = 0) -> Source:
+        """Go on from what all hold, as the coordinator would decide."""
+        addresses = [listener.address for listener in self.listeners]
+        ready = {
+            f"worker-{rank}": Ready(
+                epoch=1,
+                part=trainer.part,
+                held=[] if trainer.held() is None else [trainer.held()],
+                address=addresses[rank],
+            )
+            for rank, trainer in enumerate(self.trainers)
+        }
+        source = resume_point(ready)
+        if source == LOST:
+            source = Source("checkpoint" if checkpoint else "initial", saved, {})
+        assert self._join(source, checkpoint if source.kind == "checkpoint" else None) == [None] * len(self.trainers)
+        return source
+
+    def _join(self, source: Source, checkpoint: Path | None) -> list[Any]:
         self.epoch += 1
-        addresses = tuple(listener.address for listener in self.listeners)
-        seat = Seat(self.epoch, addresses, (), step, source, 0, checkpoint)
-        return self.each(lambda _, trainer: trainer.join(seat))
+        self.still = threading.Barrier(len(self.trainers))
+        begin = Begin(
+            epoch=self.epoch, workers=[listener.address for listener in self.listeners], servers=[], step=source.step,
+            source=source.kind, peers=source.peers, checkpoint=str(checkpoint) if checkpoint else None, generation=0,
+            applied=[], evaluate=False, saved=0,
+        )  # fmt: skip
+        return self.each(lambda _, trainer: trainer.join(seat_of(begin, trainer.part)))
 
-    def step(self, step: int, inputs: Any, target: torch.Tensor, **wishes: int) -> list[Any]:
-        """The outcome, or the error, of one global batch for each stage; the wishes are those of the last."""
+    def step(self, step: int, inputs: Any, target: torch.Tensor, *, but: int | None = None, **wishes: int) -> list[Any]:
+        """The outcome, or the error, of one global batch for each worker ``but`` one; the wishes are the last's."""
 
-        def run(rank: int, trainer: PipelineTrainer) -> Outcome:
-            batch = whole(self.job, inputs, target, trainer)
+        def run(rank: int, trainer: MeshTrainer) -> Outcome:
+            batch = share_of(self.job, inputs, target, trainer)
             return trainer.step(
                 step, batch, len(target), Wishes(**wishes) if trainer is self.trainers[-1] else Wishes()
             )
 
-        return self.each(run)
+        return self.each(run, but)
 
     def train(self, start: int = 0, stop: int | None = None) -> list[float]:
         """Steps [start, stop) of the run; the mean loss of each."""
@@ -278,12 +341,23 @@ class Crew:
         return losses
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights of all stages together."""
-        return {name: p.detach().clone() for trainer in self.trainers for name, p in trainer._stage.named_parameters()}
+        """The weights of all together; what several have must be equal bit for bit."""
+        found: dict[str, torch.Tensor] = {}
+        for trainer in self.trainers:
+            for name, parameter in trainer._state.module.named_parameters():
+                here = parameter.detach() if parameter.ndim else parameter.detach().view(1)
+                slab = slab_of(parameter) or Slab(tuple(here.shape), 0, ((0, len(here)),))
+                whole = found.setdefault(name, torch.full(slab.shape, float("nan"), dtype=here.dtype))
+                parts = here.split([high - low for low, high in slab.ranges], slab.dim)
+                for (low, high), part in zip(slab.ranges, parts, strict=True):
+                    place = whole.narrow(slab.dim, low, high - low)
+                    assert torch.equal(place, part) or place.isnan().all(), name
+                    place.copy_(part)
+        return found
 
     def save(self, folder: Path) -> Path:
-        for trainer in self.trainers:
-            write_shard(folder, f"{trainer.part}.safetensors", trainer.pieces())
+        for rank, trainer in enumerate(self.trainers):
+            write_shard(folder, f"worker-{rank}.safetensors", trainer.pieces())
         return folder
 
     def close(self) -> None:
@@ -294,11 +368,13 @@ class Crew:
         self.pool.shutdown()
 
 
-def whole(job: Job, inputs: Any, target: torch.Tensor, trainer: PipelineTrainer) -> Batch:
-    """The share of a stage: the whole batch or nothing of it."""
-    if trainer.share(len(target)) == (0, 0):
+def share_of(job: Job, inputs: Any, target: torch.Tensor, trainer: MeshTrainer) -> Batch:
+    """The share of a worker: its replica's part of the batch, or nothing of it."""
+    start, stop = trainer.share(len(target))
+    if start == stop:
         return Batch(None, None, 0, 0)
-    return Batch(inputs, target, len(target), job.count(inputs, target) if job.count else len(target))
+    inputs, target = rows(inputs, start, stop), target[start:stop]
+    return Batch(inputs, target, stop - start, job.count(inputs, target) if job.count else stop - start)
 
 
 def batches(job: Job) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -340,7 +416,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def models() -> ModuleType:
     """This file's models and helpers, by name."""
     return sys.modules[__name__]

@@ -13,7 +13,7 @@ from tricorn import data, optim
 from tricorn.errors import Diverged, PeerLost, PlanError
 from tricorn.job import Job
 from tricorn.mp import strategy
-from tricorn.mp.measure import choose_cuts
+from tricorn.mp.choose import choose
 from tricorn.plan import Plan
 from tricorn.state.flat import FlatState, build_model
 from tricorn.state.shards import CheckpointReader
@@ -211,7 +211,9 @@ def test_an_exception_of_the_users_code_comes_out_as_it_was_raised(crew, job, ra
     team = crew(job(model), 3, [(2, 3), (1, 3), (1, 2)][rank])
     team.join("initial")
     inputs, target = fourth(team.job)
-    failing = next(r for r, t in enumerate(team.trainers) if any(isinstance(m, Picky) for m in t._stage.modules()))
+    failing = next(
+        r for r, t in enumerate(team.trainers) if any(isinstance(m, Picky) for m in t._state.module.modules())
+    )
     assert failing == rank
     inputs = inputs.clone()
     inputs[5] = float("nan")
@@ -240,13 +242,14 @@ def test_buffers_are_as_before_a_step_that_failed(crew, job, models):
     )
     made.join("initial")
     assert all(isinstance(o, Outcome) for o in made.step(0, *fourth(made.job)))
-    before = [b.clone() for t in made.trainers for b in t._stage.buffers()]
+    before = [b.clone() for t in made.trainers for b in t._state.module.buffers()]
     assert before
     trap.arm(made.trainers[0].interrupt)
     trap.calls = 1  # there is one microbatch
     assert [type(error) for error in made.step(1, *fourth(made.job))] == [PeerLost] * 2
     assert all(
-        torch.equal(a, b) for a, b in zip(before, (b for t in made.trainers for b in t._stage.buffers()), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(before, (b for t in made.trainers for b in t._state.module.buffers()), strict=True)
     )
 
 
@@ -266,13 +269,15 @@ def test_the_last_stage_judges_every_sample_once(crew, models, job, stages, samp
     team.join("initial")
     inputs, target = team.job.train.inputs[:samples], team.job.train.target[:samples]
     judged: list[tuple[torch.Tensor, Batch]] = []
-    team.each(lambda _, t: t.evaluate(models.whole(team.job, inputs, target, t), samples, lambda *a: judged.append(a)))
+    team.each(
+        lambda _, t: t.evaluate(models.share_of(team.job, inputs, target, t), samples, lambda *a: judged.append(a))
+    )
     assert torch.equal(torch.cat([batch.target for _, batch in judged]), target)
     assert sum(batch.samples for _, batch in judged) == sum(batch.count for _, batch in judged) == samples
     with torch.no_grad():
         expected = build_model(team.job).eval()(inputs)
     torch.testing.assert_close(torch.cat([output for output, _ in judged]), expected)
-    assert all(trainer._stage.training for trainer in team.trainers)
+    assert all(stage.training for trainer in team.trainers for stage in trainer._state.stages)
     team.train(0, 1)
 
 
@@ -286,7 +291,7 @@ def test_a_value_that_cannot_travel_is_not_cut_at(crew, job):
     assert team.join("initial") == [None, None]
     assert team.trainers[0]._cuts in [(1,), (3,)]
     with pytest.raises(PlanError) as raised:
-        choose_cuts(team.job, 4, 5, torch.device("cpu"))
+        choose(team.job, team.plan, 4, 5, 2, torch.device("cpu"))
     assert str(raised.value) == (
         "_named hands on a dict, which cannot travel from stage to stage; "
         "let it return a tensor or a tuple of tensors, or use at most 3 workers"
@@ -295,13 +300,33 @@ def test_a_value_that_cannot_travel_is_not_cut_at(crew, job):
 
 def test_why_not(job):
     plan = Plan(strategy="mp", workers=2)
-    assert find("mp") is strategy
+    assert find(plan) is strategy
     assert strategy.why_not(job(), plan) is None
-    assert "Branching has 1 block for 2 stages" in strategy.why_not(job("Branching"), plan)
-    assert "shares first.weight" in strategy.why_not(job("Tied"), plan)
+    assert strategy.why_not(job("Tied"), plan) is None
+    few = strategy.why_not(job(), Plan(strategy="mp", workers=40))
+    assert "blocks for 40 stages" in few
+    assert "use at most" in few
     assert "control flow" in strategy.why_not(job("Deciding"), plan)
     reason = strategy.why_not(job("Normalised"), plan)
     assert "layer 'norm' keeps statistics of the batch" in reason
     assert "use GroupNorm or LayerNorm, or set microbatches to 1" in reason
     assert strategy.why_not(job("Normalised"), Plan(strategy="mp", workers=2, microbatches=1)) is None
     assert strategy.why_not(job("Normalised"), Plan(strategy="mp", workers=1)) is None
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"workers": 11, "replicas": 11}, "replicas is 11, and a batch has 10 samples for them to share; use at most 10"),
+    ({"workers": 2, "zero": 1}, "zero is 1, which spreads the optimizer's state over the replicas, and there is one"),
+    ({"workers": 2, "tensor": 2, "schedule": "interleaved"}, "schedule is interleaved, and there is one stage"),
+    ({"workers": 2, "cuts": (1, 2)}, "cuts are 2, but 2 stages have 1; give that many"),
+    ({"workers": 2, "cuts": (99,)}, "no stage can begin with block 99; cut before any of 1 ("),
+])  # fmt: skip
+def test_why_not_of_a_mesh(job, options, reason):
+    assert reason in strategy.why_not(job(), Plan(strategy="mp", **options))
+
+
+def test_why_not_of_replicas_and_shards(job):
+    normed = strategy.why_not(job("Normalised", width=6), Plan(strategy="mp", workers=2, replicas=2))
+    assert "layer 'norm' keeps statistics of the batch, and each of 2 replicas sees only its share" in normed
+    alone = strategy.why_not(job(lambda: nn.Sequential(nn.Linear(8, 4))), Plan(strategy="mp", workers=2, tensor=2))
+    assert "has no layers to split among 2 workers" in alone

@@ -1,54 +1,172 @@
-"""Properties of the order in which stages work, for every number of stages and microbatches."""
+"""Properties of the order in which stages work, for every schedule and number of stages, chunks and microbatches."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tricorn.mp.schedule import choose_microbatches, one_forward_one_backward, split
+from tricorn.mp.schedule import Parcel, arrivals, choose_microbatches, needed, order, split, target
+from tricorn.mp.simulate import Work, choose, most_in_flight, simulate
 
-stages_and_microbatches = st.tuples(st.integers(1, 8), st.integers(1, 24))
-
-
-@given(stages_and_microbatches)
-def test_each_stage_runs_every_microbatch_forward_and_then_backward_in_order(case):
-    stages, microbatches = case
-    for stage in range(stages):
-        order = one_forward_one_backward(stage, stages, microbatches)
-        for kind in "FB":
-            assert [index for action, index in order if action == kind] == list(range(microbatches))
-        for index in range(microbatches):
-            assert order.index(("F", index)) < order.index(("B", index))
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+UNIT = Work(1.0, 1.0, 1.0)
 
 
-@given(stages_and_microbatches)
-def test_at_most_as_many_microbatches_are_in_flight_as_stages_are_left(case):
-    stages, microbatches = case
-    for stage in range(stages):
-        flying = 0
-        for action, _ in one_forward_one_backward(stage, stages, microbatches):
-            flying += 1 if action == "F" else -1
-            assert 0 <= flying <= stages - stage
+@st.composite
+def pipelines(draw):
+    """The orders of all workers, and what they were made from."""
+    schedule, stages = draw(st.sampled_from(SCHEDULES)), draw(st.integers(1, 8))
+    chunks = draw(st.integers(1, 4)) if schedule == "interleaved" and stages > 1 else 1
+    microbatches = draw(st.integers(1, 24))
+    orders = [order(schedule, rank, stages, microbatches, chunks) for rank in range(stages)]
+    return schedule, orders, chunks, microbatches
 
 
-@given(stages_and_microbatches)
-def test_no_stage_waits_for_ever(case):
-    stages, microbatches = case
-    todo = [deque(one_forward_one_backward(stage, stages, microbatches)) for stage in range(stages)]
-    done: set[tuple[str, int, int]] = set()
+@given(pipelines())
+def test_every_microbatch_goes_forward_and_then_backward_once_through_every_stage(pipeline):
+    _, orders, chunks, microbatches = pipeline
+    everything = {(chunk, i) for chunk in range(chunks) for i in range(microbatches)}
+    for actions in orders:
+        assert len(set(actions)) == len(actions)
+        found = {kind: {action[1:] for action in actions if action.kind == kind} for kind in "FBIW"}
+        assert found["F"] == everything == found["B"] | found["I"]
+        assert not found["B"] & found["I"]
+        assert found["I"] == found["W"]
+        at = {action: place for place, action in enumerate(actions)}
+        for action, place in at.items():
+            earlier = {"F": "", "B": "F", "I": "F", "W": "I"}[action.kind]
+            assert not earlier or at[action._replace(kind=earlier)] < place
 
-    def can_run(stage: int, action: str, index: int) -> bool:
-        if action == "F":
-            return stage == 0 or ("F", index, stage - 1) in done
-        return ("F", index, stage) in done and (stage == stages - 1 or ("B", index, stage + 1) in done)
 
-    while any(todo):
-        ready = [stage for stage in range(stages) if todo[stage] and can_run(stage, *todo[stage][0])]
-        assert ready
-        for stage in ready:
-            done.add((*todo[stage].popleft(), stage))
+def carry_out(orders, chunks: int, room: int) -> None:
+    """Worker after worker does what it can, over channels that hold ``room`` parcels and are read in order.
+
+    What does not fit waits with its sender, which works on; who needs a parcel takes what comes until it is that.
+    """
+    stages = len(orders)
+    todo = [deque(actions) for actions in orders]
+    expected = [{peer: deque(parcels) for peer, parcels in arrivals(orders, r, chunks).items()} for r in range(stages)]
+    outbox = {(r, peer): deque() for r in range(stages) for peer in range(stages)}
+    channel = {(r, peer): deque() for r in range(stages) for peer in range(stages)}
+    kept: list[set[Parcel]] = [set() for _ in range(stages)]
+
+    def move() -> None:
+        for way, waiting in outbox.items():
+            while waiting and len(channel[way]) < room:
+                channel[way].append(waiting.popleft())
+
+    def has(rank: int, parcel: Parcel) -> bool:
+        peer = next((peer for peer, parcels in expected[rank].items() if parcel in parcels), rank)
+        while parcel not in kept[rank] and channel[peer, rank]:
+            taken = channel[peer, rank].popleft()
+            assert taken == expected[rank][peer].popleft()
+            kept[rank].add(taken)
+            move()
+        return parcel in kept[rank]
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(stages):
+            while todo[rank]:
+                parcel = needed(todo[rank][0], rank, stages, chunks)
+                if parcel is not None and not has(rank, parcel):
+                    break
+                kept[rank].discard(parcel)
+                sent = target(todo[rank].popleft(), rank, stages, chunks)
+                if sent is not None:
+                    outbox[rank, sent.stage % stages].append(sent)
+                move()
+                moved = True
+    assert not any(todo)
+    assert not any(kept)
+    assert not any(channel.values())
+
+
+@given(pipelines(), st.integers(1, 3))
+def test_no_worker_waits_for_ever_however_little_fits_into_a_channel(pipeline, room):
+    _, orders, chunks, _ = pipeline
+    carry_out(orders, chunks, room)
+
+
+@given(pipelines())
+def test_forwards_alone_can_be_carried_out_too(pipeline):
+    _, orders, chunks, _ = pipeline
+    carry_out([[action for action in actions if action.kind == "F"] for actions in orders], chunks, 1)
+
+
+@given(pipelines())
+def test_no_more_microbatches_are_in_flight_than_the_schedule_promises(pipeline):
+    schedule, orders, chunks, microbatches = pipeline
+    stages = len(orders)
+    group = -(-microbatches // max(1, microbatches // stages))
+    for rank, actions in enumerate(orders):
+        most = {
+            "gpipe": microbatches,
+            "1f1b": min(stages - rank, microbatches),
+            "interleaved": 2 * (stages - 1 - rank) + (chunks - 1) * group + 1,
+            "zero-bubble": min(stages, microbatches),
+        }[schedule]
+        assert most_in_flight(actions) <= most
+
+
+@given(pipelines())
+def test_idle_time_is_what_the_papers_say(pipeline):
+    """(p - 1) (F + I + W) for GPipe, (F + I) / v where the last gradients are hurried, F + I - W for ZB-H1."""
+    schedule, orders, chunks, microbatches = pipeline
+    stages = len(orders)
+    if microbatches < stages or (chunks > 1 and microbatches % stages):
+        return
+    bubble = {"gpipe": 3.0, "1f1b": 2.0, "interleaved": 2 / chunks, "zero-bubble": 1.0}[schedule]
+    made = simulate(orders, [Work(1 / chunks, 1 / chunks, 1 / chunks)] * (stages * chunks))
+    assert made.seconds == pytest.approx(3 * microbatches + (stages - 1) * bubble)
+    assert made.idle == pytest.approx(1 - 3 * microbatches / made.seconds)
+
+
+@given(pipelines(), st.lists(st.floats(0.001, 1), min_size=32, max_size=32), st.floats(0, 0.5))
+def test_no_step_is_shorter_than_its_slowest_stage_or_than_one_microbatch_takes(pipeline, seconds, hop):
+    _, orders, chunks, microbatches = pipeline
+    works = [Work(f, f / 2, f / 3) for f in seconds[: len(orders) * chunks]]
+    made = simulate(orders, works, hop)
+    slowest = max(
+        microbatches * sum(sum(works[r + c * len(orders)]) for c in range(chunks)) for r in range(len(orders))
+    )
+    through = sum(work.forward + work.input_gradient for work in works) + 2 * (len(works) - 1) * hop
+    assert made.seconds >= max(slowest, through) - 1e-9
+    assert 0 <= made.idle < 1
+
+
+def test_workers_that_wait_for_each_other_are_found():
+    orders = [order("1f1b", rank, 2, 2) for rank in range(2)]
+    with pytest.raises(ValueError, match="wait for each other"):
+        simulate([orders[0][::-1], orders[1]], [UNIT, UNIT])
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 5), st.integers(1, 40), st.floats(0, 0.01))
+def test_nothing_is_faster_than_what_is_chosen_by_more_than_the_tolerance(stages, batch, hop):
+    works = [Work(0.004 + 0.001 * stage, 0.004, 0.004) for stage in range(stages)]
+    best = choose(batch, works, 8, stages=stages, hop=hop)
+    assert 1 <= best.microbatches <= batch
+    for schedule in ("1f1b", "zero-bubble"):
+        for microbatches in range(1, batch + 1, 5):
+            other = choose(batch, works, 8, stages=stages, hop=hop, schedule=schedule, microbatches=microbatches)
+            assert (other.schedule, other.microbatches) == (schedule, microbatches)
+            assert best.seconds * 0.97 <= other.seconds
+
+
+def test_small_stages_get_few_microbatches_and_large_ones_many():
+    counts = [choose(64, [Work(t, t, t)] * 2, 64, stages=2, schedule="1f1b").microbatches for t in (1e-4, 1e-2, 1.0)]
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[-1] >= 8
+
+
+def test_several_stages_a_worker_are_interleaved():
+    assert choose(64, [UNIT] * 4, 64, stages=2).schedule == "interleaved"
 
 
 @given(st.integers(1, 1000), st.integers(1, 64))

@@ -27,9 +27,9 @@ NUMBERS = [0, 1, 2, 5, 11, 12, 255, wire.MAX_BYTES, wire.MAX_BYTES + 1, 2**62, -
 )
 def test_a_header_says_what_comes(value):
     assert wire.obstacle(value) is None
-    is_tuple, like = wire.decoded(wire.encoded(value))
-    assert is_tuple == isinstance(value, tuple)
-    assert like == [(tuple(t.shape), t.dtype, t.requires_grad) for t in wire.tensors(value)]
+    kind = wire.decoded(wire.encoded(wire.kind_of(value)))
+    assert kind.is_tuple == isinstance(value, tuple)
+    assert kind.parts == tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in wire.tensors(value))
 
 
 @pytest.mark.parametrize(
@@ -49,23 +49,23 @@ def test_what_cannot_travel(value, why):
 
 @given(st.lists(st.one_of(st.sampled_from(NUMBERS), st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=90))
 def test_a_malformed_header_is_refused_before_anything_is_allocated(numbers):
-    header = wire.encoded(torch.zeros(2))
+    header = wire.encoded(wire.kind_of(torch.zeros(2)))
     header[: len(numbers)] = torch.tensor(numbers[: len(header)], dtype=torch.int64)
     try:
-        _, like = wire.decoded(header)
+        kind = wire.decoded(header)
     except ProtocolError:
         return
-    assert len(like) <= wire.MAX_TENSORS
-    for shape, dtype, _ in like:
+    assert len(kind.parts) <= wire.MAX_TENSORS
+    for shape, dtype, _ in kind.parts:
         assert torch.empty(shape, dtype=dtype, device="meta").nbytes <= wire.MAX_BYTES
 
 
 @given(st.data())
 def test_one_wrong_number_in_a_header_is_refused_or_still_a_value(data):
-    header = wire.encoded((torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64)))
+    header = wire.encoded(wire.kind_of((torch.zeros(3, 4), torch.zeros(5, dtype=torch.int64))))
     header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.sampled_from(NUMBERS))
     try:
-        _, like = wire.decoded(header)
+        parts = wire.decoded(header).parts
     except ProtocolError:
         return
-    assert all(torch.empty(shape, dtype=dtype, device="meta").nbytes <= wire.MAX_BYTES for shape, dtype, _ in like)
+    assert all(torch.empty(shape, dtype=dtype, device="meta").nbytes <= wire.MAX_BYTES for shape, dtype, _ in parts)

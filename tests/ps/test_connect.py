@@ -123,7 +123,7 @@ def test_mistakes_are_told_by_name() -> None:
             client.gradients["w"].fill_(torch.nan)
             with pytest.raises(Diverged, match="not finite"):
                 client.push().wait()
-        with pytest.raises(ProtocolError, match="not those that this server holds"):
+        with pytest.raises(ProtocolError, match=r"dense parameters .* are not those that this server holds"):
             connect(servers, **declared(dense={"w": torch.zeros(4)}))
         with pytest.raises((AuthenticationError, PeerLost)):
             connect([*servers.servers.values()], secret=b"x" * 32, **declared())
@@ -170,6 +170,26 @@ def test_tls(certificate: tuple[Path, Path]) -> None:
             connect(servers, **declared(**big))
     with serving() as servers, pytest.raises((AuthenticationError, PeerLost)):  # a plain server
         connect(servers, **declared(**big), tls=certificate[0])
+
+
+def test_small_requests_are_encrypted_however_many_come(certificate: tuple[Path, Path]) -> None:
+    with serving(tls=server_tls(*certificate)) as servers, connect(servers, **declared(), tls=certificate[0]) as client:
+        client.pull().wait()
+        client.gradients["b"].fill_(1.0)
+        for _ in range(50):
+            client.push_pull().wait()
+        assert client.weights["b"].item() == -25.0
+
+
+def test_statistics_count_what_is_read_where_it_lies() -> None:
+    count = 100_000
+    with serving() as servers:
+        with connect(servers, **declared(dense={"w": torch.zeros(count)})) as client:
+            client.pull().wait()
+            for _ in range(3):
+                client.push().wait()
+        (address,) = servers.servers.values()
+        assert ask(address, bytes.fromhex(servers.secret))["bytes_received"] >= 4 * count * 4  # with the first weights
 
 
 def test_a_certificate_that_is_not_trusted(certificate: tuple[Path, Path], tmp_path: Path) -> None:

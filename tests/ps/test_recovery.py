@@ -241,7 +241,7 @@ def test_the_first_worker_dies_and_with_it_the_buffers(
     run.replace_worker(0)
     if model is net:
         assert [trainer.part for trainer in run.trainers] == [None, None]
-        assert resume(run) == Source("keep", FIRST + 2, 0)
+        assert resume(run) == Source("keep", FIRST + 2, {})
         return
     assert [trainer.part for trainer in run.trainers] == ["buffers", None]
     assert [trainer.held() for trainer in run.trainers] == [None, None]
@@ -249,7 +249,7 @@ def test_the_first_worker_dies_and_with_it_the_buffers(
     run.join("checkpoint" if saved else "initial", saved)
     run.train(saved, LAST)
     assert [counted(trainer) for trainer in run.trainers] == [[LAST, 2 * LAST]] * 2
-    assert resume(run) == Source("keep", LAST, 0)
+    assert resume(run) == Source("keep", LAST, {})
     run.join("keep", LAST)
     assert distance(run.weights(), plain(job, LAST, torch.optim.SGD, momentum=0.9)) <= 1e-10
 
@@ -263,7 +263,7 @@ def test_another_worker_dies_before_a_step_is_decided_and_the_buffers_stay(clust
     run.replace_worker(1)
     while counted(run.trainers[0])[0] == FIRST:  # until its forward has run
         assert not waiting.done()
-    assert resume(run) == Source("keep", FIRST, 0)
+    assert resume(run) == Source("keep", FIRST, {})
     with pytest.raises(PeerLost):
         waiting.result(10)
     run.join("keep", FIRST)
@@ -281,7 +281,7 @@ def test_a_decided_step_is_kept_with_its_buffers_whoever_has_pulled_it(cluster: 
     run.train(0, FIRST + 1)
     for rank in pulled:
         run.trainers[rank]._pull()
-    assert resume(run) == Source("keep", FIRST + 1, 0)
+    assert resume(run) == Source("keep", FIRST + 1, {})
     for trainer in run.trainers:
         with pytest.raises(PeerLost):
             step_of(trainer, FIRST + 1, *batches(job)[FIRST + 1])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tricorn.comm.segment import Segment
 from tricorn.errors import ProtocolError
-from tricorn.ps import memory, ring
+from tricorn.ps import memory, ring, streaming
 from tricorn.ps.bells import Bells
 from tricorn.ps.ring import CAPACITY, MAX_RECORD, SIZE, Side
 from tricorn.ps.wire import as_bytes, unsent
@@ -59,6 +59,23 @@ def test_any_stream_arrives_as_it_was_sent(parts: list[tuple[int, bool]], gulp: 
             got += room[:count]
     pair.close()
     assert bytes(got) == expected
+
+
+@pytest.mark.parametrize("backwards", [True, False])
+def test_the_longest_record_may_begin_at_the_last_place_of_the_ring(pair: Pair, backwards: bool) -> None:
+    writer, reader = (pair.server.writer, pair.worker.reader) if backwards else (pair.worker.writer, pair.server.reader)
+    room = memoryview(bytearray(MAX_RECORD))
+    left, record = CAPACITY - 8, 24  # descriptor
+    while left:  # up to the last 8 bytes of the ring, by records that are read at once
+        size = min(left, MAX_RECORD) - record
+        size -= record if 0 < left - size - record < record + 8 else 0  # or the rest would hold no record
+        assert writer.write([memoryview(bytes(size))]) == size
+        assert reader.read_into(room[:size]) == size
+        left -= size + record
+    noise = memoryview(bytes(index % 251 for index in range(MAX_RECORD)))
+    assert writer.write([noise]) == MAX_RECORD
+    assert reader.read_into(room) == MAX_RECORD
+    assert room == noise
 
 
 def test_memory_that_is_known_to_both_is_not_copied(pair: Pair) -> None:
@@ -161,3 +178,16 @@ def test_waiting_ends_with_the_change_and_sees_it() -> None:
     assert ring.changed(places, seen, 1, 0, 0) == 3
     assert seen[3] == 5
     assert ring.changed(places, seen, 1, 0, 0) == -1
+
+
+@pytest.mark.parametrize("size", [0, 100, streaming.LEAST, streaming.LEAST + 1, streaming.LEAST + 200])
+@pytest.mark.parametrize(("to", "of"), [(0, 0), (1, 0), (63, 64), (8, 3)])
+def test_a_copy_past_the_cache_is_a_copy(size: int, to: int, of: int) -> None:
+    source = torch.randint(0, 256, (size + 64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size + to))
+    target = torch.zeros(size + 200, dtype=torch.uint8)
+    streaming.copy(as_bytes(target)[to : to + size], as_bytes(source)[of : of + size])
+    assert torch.equal(target[to : to + size], source[of : of + size])
+    assert not target[:to].any()
+    assert not target[to + size :].any()
+    with pytest.raises(ValueError, match="do not fill"):
+        streaming.copy(as_bytes(target), as_bytes(source)[:1])

@@ -35,7 +35,7 @@ def normed() -> torch.nn.Module:
     ],
 )
 def test_a_job_that_cannot_run_is_told_why(model, plan: Plan, words: list[str] | None) -> None:
-    why = find("ps").why_not(make_job(model=model), plan)
+    why = find(plan).why_not(make_job(model=model), plan)
     assert (why is None) == (words is None)
     assert all(word in why for word in words or [])
 

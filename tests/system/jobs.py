@@ -40,4 +40,8 @@ dropout = make(
     SGD, "float64", epochs=20,
     model=lambda: nn.Sequential(nn.Linear(12, 32), nn.Dropout(0.3), nn.Tanh(), nn.Linear(32, 24), nn.Linear(24, 3)),
 )  # fmt: skip
+normed = make(
+    SGD, "float64", epochs=60,
+    model=lambda: nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 3)),
+)  # fmt: skip
 smaller_batches = make(SGD, "float64", batch_size=20)

@@ -81,7 +81,7 @@ def test_user_code_that_exits(tmp_path):
     assert code == 1
     assert "SystemExit: enough" in said
     assert 'sys.exit("enough")' in said
-    code, _, err = harness.start(tmp_path, "leaving", file=MISTAKES).end()
+    code, _, err = harness.start(tmp_path, "leaving", "--strategy", "dp", file=MISTAKES).end()
     assert code == 2
     assert "error: the job cannot be loaded: SystemExit: no job today" in err[err.index("\nerror:") :]
 

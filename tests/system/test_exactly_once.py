@@ -1,6 +1,6 @@
 """``kill -9`` of any role at random moments, several times in a run: it ends by itself, every sample counted once.
 
-TRICORN_ROUNDS says how many seeds are run for each strategy.
+TRICORN_ROUNDS says how many seeds are run for each strategy; with it, more forms of data parallel training are run.
 """
 
 import os
@@ -14,23 +14,39 @@ from . import harness
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
 PS = ["--strategy", "ps", "--workers", "2", "--servers", "2"]
 WORKERS, SERVERS = ["worker-0", "worker-1"], ["server-0", "server-1"]
+MESH = ["--strategy", "mp", "--workers", "4"]
+FOUR = [*WORKERS, "worker-2", "worker-3", "coordinator"]
 CASES = {
     "dp": (["--strategy", "dp", "--workers", "2"], [*WORKERS, "coordinator"]),
     "dp x 3": (["--strategy", "dp", "--workers", "3"], [*WORKERS, "worker-2", "coordinator"]),
     "dp zero 3": (["--strategy", "dp", "--workers", "2", "--zero", "3"], [*WORKERS, "coordinator"]),
     "dp balance": (["--strategy", "dp", "--workers", "2", "--balance"], [*WORKERS, "coordinator"]),
     "mp": (["--strategy", "mp", "--workers", "2"], [*WORKERS, "coordinator"]),
+    "mp dp2 x pp2": ([*MESH, "--replicas", "2"], FOUR),
     "ps bsp": (PS, [*WORKERS, *SERVERS, "coordinator"]),
     "ps ssp": ([*PS, "--consistency", "ssp"], [*WORKERS, *SERVERS, "coordinator"]),
     "ps asp": ([*PS, "--consistency", "asp"], [*WORKERS, *SERVERS, "coordinator"]),
 }
+if "TRICORN_ROUNDS" in os.environ:
+    CASES |= {
+        name: (["--strategy", "dp", "--workers", "2", *options], [*WORKERS, "coordinator"])
+        for name, options in {
+            "dp zero 1": ["--zero", "1"], "dp zero 2": ["--zero", "2"], "dp microbatches": ["--microbatches", "3"],
+            "dp normed": [],
+        }.items()
+    } | {
+        "mp dp2 x tp2": ([*MESH, "--replicas", "2", "--tensor", "2"], FOUR),
+        "mp pp2 x tp2": ([*MESH, "--tensor", "2"], FOUR),
+        "mp dp2 x pp2 zero 1": ([*MESH, "--replicas", "2", "--zero", "1"], FOUR),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(tmp_path, case, seed):
     options, victims = CASES[case]
-    run = harness.start(tmp_path, "long", *options, "--checkpoint-every", "20")
+    job = "normed" if case == "dp normed" else "long"
+    run = harness.start(tmp_path, job, *options, "--checkpoint-every", "20")
     run.reach(5)
     killed = run.disturb(Random(f"{case}/{seed}"), victims, kills=4)
     summary = run.summary()
@@ -41,7 +57,7 @@ def test_killed_at_random_moments(tmp_path, case, seed):
         for epoch in range(60):
             assert np.array_equal(ledger.times_committed(epoch), np.ones(163)), f"epoch {epoch}, killed {killed}"
     if case not in ("ps ssp", "ps asp"):
-        assert harness.distance(run.weights("long"), harness.plain("long")) <= 1e-10, f"killed {killed}"
+        assert harness.distance(run.weights(job), harness.plain(job)) <= 1e-10, f"killed {killed}"
     assert summary["metrics"]["accuracy"] > 0.9
 
 

@@ -12,6 +12,8 @@ PLANS = {
         for s in (1, 2)
     },
     **{f"mp x {w}": ["--strategy", "mp", "--workers", str(w)] for w in (2, 3)},
+    "mp 2 x 2 replicas": ["--strategy", "mp", "--workers", "4", "--replicas", "2"],
+    "mp 2 x 2 shards": ["--strategy", "mp", "--workers", "4", "--tensor", "2"],
 }
 
 

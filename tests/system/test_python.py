@@ -37,7 +37,7 @@ def test_train_returns_the_model_and_its_history(tmp_path, strategy):
 
 
 def test_a_resume_with_another_model_leaves_the_run_as_it_was(tmp_path):
-    result = tricorn.train(make_job(epochs=1), threads=1, runs=tmp_path)
+    result = tricorn.train(make_job(epochs=1), strategy="dp", threads=1, runs=tmp_path)
     said = (result.folder / "job.json").read_bytes()
     other = make_job(epochs=2, model=lambda: nn.Linear(4, 2))
     with pytest.raises(tricorn.errors.UsageError):
@@ -57,7 +57,7 @@ def test_an_error_of_the_job_is_raised(tmp_path):
         raise ZeroDivisionError("mine")
 
     with pytest.raises(tricorn.errors.UserCodeError, match="ZeroDivisionError: mine") as caught:
-        tricorn.train(make_job(loss=loss), threads=1, runs=tmp_path)
+        tricorn.train(make_job(loss=loss), strategy="dp", threads=1, runs=tmp_path)
     assert "test_python.py" in caught.value.where
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sqlite3
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +23,15 @@ PACKAGES = ("tricorn", "torch", "numpy", "numba", "msgspec", "safetensors", "clo
 
 
 def doctor(
+    links: Annotated[
+        bool, typer.Option("--links", help="Show what exchanging costs here, measured the first time.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show versions, cores, memory, backends, and what is missing."""
+    if links:
+        _show_links(json)
+        return
     found = facts()
     if json:
         print(msgspec.json.encode(found).decode(), flush=True)
@@ -39,6 +46,15 @@ def doctor(
         print("\n" + table(("missing", "needed for", "what to do"), [tuple(row.values()) for row in found["missing"]]))
     else:
         print("\nNothing is missing.")
+
+
+def _show_links(json: bool) -> None:
+    from tricorn.planner.survey import Survey
+    from tricorn.report.links import picture
+
+    with Survey(None, told=lambda text: print(f"{text} ...", file=sys.stderr, flush=True)) as survey:
+        found = survey.links()
+    print(msgspec.json.encode(found).decode() if json else picture(found), flush=True)
 
 
 def facts(folder: Path = Path()) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 from tricorn import __version__
 from tricorn.cli.demo import demo
 from tricorn.cli.doctor import doctor
+from tricorn.cli.plan import plan
 from tricorn.cli.ps import ps
 from tricorn.cli.server import server
 from tricorn.cli.train import train
@@ -19,6 +20,7 @@ from tricorn.report.failure import as_json, show
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(train)
+app.command()(plan)
 app.command()(demo)
 app.command()(doctor)
 app.command()(server)

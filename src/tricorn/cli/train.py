@@ -14,9 +14,11 @@ from tricorn import folder as folders
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import UsageError
 from tricorn.plan import Plan
+from tricorn.planner import foreseen
+from tricorn.planner.auto import choose
 from tricorn.run import execute, timing_of
 
-Strategy = StrEnum("Strategy", {"ps": "ps", "dp": "dp", "mp": "mp", "ps_dp": "ps+dp", "ps_mp": "ps+mp"})
+Strategy = StrEnum("Strategy", {"auto": "auto", "ps": "ps", "dp": "dp", "mp": "mp", "ps_dp": "ps+dp", "ps_mp": "ps+mp"})
 Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
 Stale = StrEnum("Stale", ["keep", "scale", "compensate", "drop"])
 Compression = StrEnum("Compression", ["none", "bf16", "fp16", "int8", "topk", "powersgd"])
@@ -33,9 +35,17 @@ def train(
     ] = None,
     strategy: Annotated[
         Strategy | None,
-        typer.Option(help="ps: parameter server, dp: data parallel, mp: model parallel; ps+dp, ps+mp: both. [dp]"),
+        typer.Option(
+            help="ps: parameter server, dp: data parallel, mp: model parallel; ps+dp, ps+mp: both; auto: what is "
+            "predicted to be fastest. [auto]"
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. [2]")] = None,
+    planned: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="A plan that tricorn plan has written.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. [chosen, or 2]")
+    ] = None,
     servers: Annotated[int | None, typer.Option(help="Parameter servers, with ps. [1]")] = None,
     consistency: Annotated[
         Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. [bsp]")
@@ -48,7 +58,8 @@ def train(
         Stale | None, typer.Option(help="With ps: what becomes of a gradient from old weights. [keep]")
     ] = None,
     zero: Annotated[
-        int | None, typer.Option(min=0, max=3, help="With dp: spread optimizer state (1), gradients (2), weights (3).")
+        int | None,
+        typer.Option(min=0, max=3, help="With dp: spread optimizer state (1; also mp), gradients (2), weights (3)."),
     ] = None,
     balance: Annotated[
         bool | None, typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed.")
@@ -80,8 +91,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a job: the same declared job by any strategy, with the same numbers."""
+    named = None if strategy is Strategy.auto else strategy
     given = {
-        "strategy": strategy and strategy.value, "workers": workers, "servers": servers,
+        "strategy": named and named.value, "workers": workers, "servers": servers,
         "consistency": consistency and consistency.value, "staleness": staleness,
         "sparse_consistency": sparse_consistency and sparse_consistency.value, "stale": stale and stale.value,
         "zero": zero, "balance": balance, "microbatches": microbatches,
@@ -91,6 +103,7 @@ def train(
         "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
+    prediction = None
     folder = folders.find(resume, runs) if resume else None
     if folder is not None:
         facts, old = folders.load(folder)
@@ -104,12 +117,24 @@ def train(
     elif job is None:
         raise UsageError("no job is named", remedy="Give the file that declares it: tricorn train FILE.py")
     else:
-        plan, where = replanned(Plan(strategy="dp"), changes), job
+        plan, where = replanned(_read(planned) if planned else Plan(strategy="dp"), changes), job
     file, _, name = where.rpartition(":") if ":" in where else (where, "", "job")
     timing = timing_of(checkpoint_every, heartbeat_timeout)
-    summary, folder = execute(LocalEngine, (file, name), plan, timing, runs=runs, folder=folder)
+    if folder is None and planned is None and "strategy" not in changes:
+        plan, prediction = choose((file, name), changes)
+    else:
+        prediction = foreseen((file, name), plan)
+    summary, folder = execute(LocalEngine, (file, name), plan, timing, runs=runs, folder=folder, prediction=prediction)
     if json:
         print(msgspec.json.encode(summary).decode(), flush=True)
+
+
+def _read(file: Path) -> Plan:
+    """A plan from a file. Raises UsageError if it is none."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Plan)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"{file} is no plan: {error}", remedy="Have one written by tricorn plan -o FILE.") from None
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:

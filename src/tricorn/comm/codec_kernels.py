@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from tricorn.comm.kernel import kernel
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint32]
@@ -24,7 +25,7 @@ _SMALLEST = np.float32(2.0**-126)  # below it, the inverse of a scale is not fin
 _LIMIT = np.float32(127)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode_int8(values_N: Floats, bits_N: Bits, seed: Any, scales_B: Floats, codes_N: NDArray[np.int8]) -> None:
     """Each element over its block's scale, rounded up as often as its fraction says: unbiased.
 
@@ -53,7 +54,7 @@ def encode_int8(values_N: Floats, bits_N: Bits, seed: Any, scales_B: Floats, cod
             codes_N[i] = np.int8(np.int32(min(max(code, -_LIMIT), _LIMIT)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_int8(scales_B: Floats, codes_N: NDArray[np.int8], out_N: Floats) -> None:
     for b in range(len(scales_B)):
         scale = scales_B[b]
@@ -61,7 +62,7 @@ def decode_int8(scales_B: Floats, codes_N: NDArray[np.int8], out_N: Floats) -> N
             out_N[i] = np.float32(codes_N[i]) * scale
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def largest(bits_N: Bits, bins: NDArray[np.int64], indices_K: NDArray[np.int32]) -> None:
     """The ascending indices of the K largest magnitudes, up to the width of a bin; the first of equal ones.
 
@@ -88,7 +89,7 @@ def largest(bits_N: Bits, bins: NDArray[np.int64], indices_K: NDArray[np.int32])
         kept += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ascending_below(indices_K: NDArray[np.int32], size: int) -> bool:
     """Whether these are distinct indices into ``size`` elements, in ascending order."""
     before = -1

@@ -80,6 +80,11 @@ class Group:
             raise
 
     @property
+    def over(self) -> bool:
+        """Whether the group has failed, was interrupted, or is closed."""
+        return bool(self._lost)
+
+    @property
     def bytes_sent(self) -> int:
         """Payload for other ranks, by whatever way it went."""
         return self._way.bytes_sent

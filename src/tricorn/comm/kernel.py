@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from numba import njit
+from numba import cfunc, njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,3 +22,11 @@ def kernel(function: F) -> F:
     except RuntimeError:
         compiled = njit(nogil=True, error_model="numpy")(function)
     return compiled
+
+
+def callback(signature: Any, function: Callable[..., Any]) -> Any:
+    """Compile for callers that know the function by its ``address`` and by nothing else; kept as by ``kernel``."""
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:
+        return cfunc(signature)(function)

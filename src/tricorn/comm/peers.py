@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tricorn.comm.group import Group
 from tricorn.strategy import Context, Seat
 
@@ -28,14 +30,18 @@ class Peers:
         group = self._group  # read once: another thread may leave meanwhile
         return self._sent_before + (group.bytes_sent if group else 0)
 
-    def join(self, seat: Seat) -> Group:
-        """Leave the old group and connect to the new. Raises PeerLost."""
+    def join(self, seat: Seat, ranks: Sequence[int] | None = None) -> Group:
+        """Leave the old group and connect to the new, of all workers or of some, this one among them. Raises PeerLost.
+
+        In the group, ``ranks`` are numbered in their order. All of them must have the same channel for it.
+        """
         self.leave()
         context = self._context
+        members = list(range(len(seat.workers)) if ranks is None else ranks)
         context.listener.announce(seat.epoch)
         self._group = Group(
-            rank=context.rank, addresses=seat.workers, listener=context.listener, secret=context.secret,
-            epoch=seat.epoch, channel=self._channel,
+            rank=members.index(context.rank), addresses=[seat.workers[rank] for rank in members],
+            listener=context.listener, secret=context.secret, epoch=seat.epoch, channel=self._channel,
         )  # fmt: skip
         if context.listener.over(seat.epoch):  # an interrupt that came before there was a group
             self._group.interrupt()

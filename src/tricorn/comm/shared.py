@@ -25,6 +25,10 @@ from tricorn.errors import PeerLost, UsageError
 # read.
 SMALL = 1 << 15
 
+# What an all-reduce moves in one round: filling, reducing and taking overlap, and all of it stays in the second-level
+# cache. With 1 MB instead, 1 to 16 MB take 1.1 to 1.4 times as long with two ranks and 1.8 to 2.2 times with four.
+REDUCED = 1 << 18
+
 KINDS = (
     "", "all_reduce", "all_gather", "reduce", "reduce_scatter", "all_to_all", "broadcast", "gather", "scatter",
     "barrier",
@@ -172,14 +176,14 @@ class Shared:
 
     def _all_reduce(self, tensor: Tensor, operation: str) -> None:
         data, length = _span(tensor)
-        function, number = sums.kernel(tensor.dtype, operation)
+        function, number = sums.reduction(tensor.dtype, operation)
         call = self._call("all_reduce", length, tensor.dtype, number)
         if length <= SMALL or self.size == 1:
             plan = self._plan()
             plan[0, 0], plan[1, 0], plan[2, self.rank], plan[3, self.rank] = data, length, data, length
             self._pass(call, plan, length, 1, everyone=True, reduction=(function, number, tensor.itemsize))
             return
-        piece = min(rounds.SLOT_BYTES // self.size & -64, _aligned(-(-length // self.size)))
+        piece = min(REDUCED // self.size & -64, _aligned(-(-length // self.size)))
         count = -(-length // (piece * self.size))
         arguments = (*self._turns, count, piece, data, length, function, number, tensor.itemsize)
         self._run(rounds.all_reduce, call, arguments)
@@ -207,7 +211,7 @@ class Shared:
 
     def _reduce(self, tensor: Tensor, root: int, operation: str) -> None:
         data, length = _span(tensor)
-        function, number = sums.kernel(tensor.dtype, operation)
+        function, number = sums.reduction(tensor.dtype, operation)
         plan = self._plan()
         plan[0, 0], plan[1, 0] = data, length
         if self.rank == root:
@@ -218,7 +222,7 @@ class Shared:
         )  # fmt: skip
 
     def _reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor], operation: str) -> None:
-        function, number = sums.kernel(output.dtype, operation)
+        function, number = sums.reduction(output.dtype, operation)
         plan = self._plan()
         self._out_of(plan, inputs)
         plan[2, self.rank], plan[3, self.rank] = _span(output)

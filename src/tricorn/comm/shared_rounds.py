@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from tricorn.comm import shared_sums as sums
 from tricorn.comm import words
+from tricorn.comm.kernel import kernel
 
 # The layout of a segment, in bytes. Words that different ranks write are in cache lines of their own.
 LINE = 64
@@ -38,18 +37,18 @@ BASES = 16  # where each rank's segment is; after them as many numbers for SOURC
 DONE, BLOCKED, DIFFERS = range(3)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _filled(group: Any, rank: int, ring: int) -> Any:
     return group[BASES + rank] + RINGS + 2 * LINE * ring
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slot(group: Any, rank: int, ring: int, turn: int) -> Any:
     """Where a slot is; its first word tells the call it belongs to."""
     return group[BASES + rank] + CONTROL + (ring * SLOTS + turn % SLOTS) * (HEADER + SLOT_BYTES)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def announce(group: Any, word: int, value: int) -> None:
     """Set a word of one's own and wake who waits for it."""
     words.store(word, value)
@@ -58,7 +57,7 @@ def announce(group: Any, word: int, value: int) -> None:
             words.wake(group[BASES + rank] + BELL)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reached(group: Any, word: int, target: int) -> Any:
     """Wait a slice for a word of another rank."""
     if words.load(word) >= target:
@@ -67,7 +66,7 @@ def reached(group: Any, word: int, target: int) -> Any:
     return words.wait_at_least(word, target, bell, group[SPINS], group[YIELDS], group[SLICE])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _all_done(group: Any, ring: int, turn: int) -> Any:
     for rank in range(group[SIZE]):
         if rank != group[RANK] and not reached(group, _filled(group, rank, ring) + LINE, turn):
@@ -76,7 +75,7 @@ def _all_done(group: Any, ring: int, turn: int) -> Any:
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _taken(group: Any, rank: int, ring: int, turn: int, call: int) -> Any:
     """Wait for the slot of that rank; whether it belongs to the same call."""
     group[BLAMED] = rank
@@ -86,12 +85,12 @@ def _taken(group: Any, rank: int, ring: int, turn: int, call: int) -> Any:
     return DONE if group[OTHER] == call else DIFFERS
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _part(length: int, start: int, piece: int) -> Any:
     return max(0, min(piece, length - start))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pass_round(
     group: Any, call: int, first: int, rounds: int, piece: int, pieces: int, everyone: bool, plan: Any,
     function: int, operation: int, size: int,
@@ -148,7 +147,7 @@ def pass_round(
     return DONE
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def all_reduce(
     group: Any, call: int, first: int, second: int, rounds: int, piece: int, data: int, length: int,
     function: int, operation: int, size: int,
@@ -208,24 +207,24 @@ def all_reduce(
     return DONE
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def segment_bytes(ranks: int) -> Any:
     """What each rank's segment has to hold."""
     return STREAMS + ranks * (2 * LINE + STREAM_BYTES)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _stream(group: Any, source: int, target: int) -> Any:
     return group[BASES + source] + STREAMS + target * (2 * LINE + STREAM_BYTES)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def room(group: Any, peer: int, counts: Any) -> Any:
     """How many bytes the stream to a rank takes now."""
     return STREAM_BYTES - (counts[0] - words.load(_stream(group, group[RANK], peer) + LINE))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def push(group: Any, peer: int, counts: Any, data: int, length: int) -> Any:
     """Send bytes into the stream to a rank. ``counts``: of bytes ever sent, and of those of this call, 0 at first."""
     sent = _stream(group, group[RANK], peer)
@@ -242,7 +241,7 @@ def push(group: Any, peer: int, counts: Any, data: int, length: int) -> Any:
     return DONE
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pull(group: Any, peer: int, counts: Any, data: int, length: int) -> Any:
     """Take bytes out of the stream from a rank, as they come; ``counts`` as of ``push``."""
     sent = _stream(group, peer, group[RANK])

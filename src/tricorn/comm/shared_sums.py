@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from tricorn.comm.kernel import callback, kernel
 from tricorn.errors import UsageError
 
 BLOCK = 2048  # elements: at most 16 KB, half of a first-level cache
@@ -80,7 +81,7 @@ def call(
     operation: Any,
     room: Any,
 ) -> Any:
-    """Call one of the functions that ``kernel`` gives; all arguments are integers, addresses included."""
+    """Call one of the functions that ``reduction`` gives; all arguments are integers, addresses included."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(64)
@@ -118,7 +119,7 @@ def _bits_of(typing: Any, value: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _accumulate(total: Any, part: Any, count: int, operation: int) -> None:
     if operation == PRODUCT:
         for i in range(count):
@@ -134,7 +135,7 @@ def _accumulate(total: Any, part: Any, count: int, operation: int) -> None:
             total[i] += part[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _accumulate_bits(total: Any, part: Any, count: int, operation: int) -> None:
     if operation == BAND:
         for i in range(count):
@@ -149,7 +150,7 @@ def _accumulate_bits(total: Any, part: Any, count: int, operation: int) -> None:
         _accumulate(total, part, count, operation)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _put(source: int, target: int, second: int, size: int) -> None:
     copy(target, source, size)
     if second:
@@ -185,17 +186,17 @@ def _integers(target: Any, second: int, sources: Any, ranks: int, count: int, op
         _put(_address(room), _address(target) + offset, second + offset if second else 0, length * size)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _float16(bits: int) -> Any:
     return _float_from(bits)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bfloat16(bits: int) -> Any:
     return _float_from(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _to_bfloat16(value: float) -> Any:
     bits = _bits_of(value)
     if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
@@ -204,7 +205,7 @@ def _to_bfloat16(value: float) -> Any:
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _accumulate_widened(total: Any, part: Any, count: int, operation: int, float16: bool) -> None:
     wide = np.empty(BLOCK, np.float32)
     if float16:
@@ -220,7 +221,7 @@ def _accumulate_widened(total: Any, part: Any, count: int, operation: int, float
         _accumulate(total, wide, count, operation)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _halves(
     target: Any, second: int, sources: Any, ranks: int, count: int, operation: int, room: Any, float16: bool
 ) -> None:
@@ -267,7 +268,7 @@ _KERNELS: dict[torch.dtype, tuple[Any, Any, Any]] = {
 _OF_BOOL = {SUM: BOR, PRODUCT: BAND, MIN: BAND, MAX: BOR}
 
 
-def kernel(dtype: torch.dtype, operation: str) -> tuple[int, int]:
+def reduction(dtype: torch.dtype, operation: str) -> tuple[int, int]:
     """The address of the compiled function and the number of the operation that it takes.
 
     Raises UsageError for what cannot be reduced that way. The first call for a dtype compiles, which is kept on disk.
@@ -293,4 +294,4 @@ def _compiled(dtype: torch.dtype) -> Any:
     # once may choose the same number, so that a later process would be given the code of the other dtype.
     with open(__file__) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        return cfunc(signature, cache=True)(body)
+        return callback(signature, body)

@@ -60,12 +60,12 @@ class Waiting:
         began, state = time.monotonic(), int(rounds.BLOCKED)
         try:
             while state == rounds.BLOCKED:
-                self._refuse_what_others_gave_up()
                 dead = self._liveness.dead()
                 state = attempt()
                 rank, waited = blamed(), time.monotonic() - began
                 if state != rounds.BLOCKED:
                     break
+                self._refuse_what_others_gave_up()  # not what is there already: peers may have built on it
                 if rank in dead or self._state(rank) == LEFT:
                     how = "died" if rank in dead else "left the group"
                     raise PeerLost(f"rank {rank} {how}; {what} of {self.label!r} had waited {waited:.1f} s for it")

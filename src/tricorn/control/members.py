@@ -21,6 +21,7 @@ class Member:
     ready: Ready | None = None
     stillborn: int = 0  # lives in a row that ended before they were ready
     bytes_sent: int = 0
+    peak_bytes: int = 0
 
 
 @dataclass
@@ -43,7 +44,9 @@ class Members:
     def begin_life(self, role: str, incarnation: int, now: float) -> None:
         old = self.roles[role]
         self.bytes_of_the_dead += old.bytes_sent
-        self.roles[role] = Member(role, incarnation, alive=True, heard=now, stillborn=old.stillborn)
+        self.roles[role] = Member(
+            role, incarnation, alive=True, heard=now, stillborn=old.stillborn, peak_bytes=old.peak_bytes
+        )
 
     def workers(self) -> list[Member]:
         return [m for m in self.roles.values() if m.role.startswith("worker-")]
@@ -55,6 +58,10 @@ class Members:
         """What each role reported for this membership epoch, once all have."""
         reports = {m.role: m.ready for m in self.roles.values() if m.alive and m.ready and m.ready.epoch == epoch}
         return reports if len(reports) == len(self.roles) else None
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most memory of each role, over all its lives."""
+        return {member.role: member.peak_bytes for member in self.roles.values()}
 
     def bytes_sent(self) -> int:
         return self.bytes_of_the_dead + sum(m.bytes_sent for m in self.roles.values())

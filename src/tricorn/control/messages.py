@@ -67,7 +67,10 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
+    """``peak_bytes``: the most memory that the role has had in this life."""
+
     bytes_sent: Count
+    peak_bytes: Count = 0
 
 
 class Committed(Message, frozen=True, kw_only=True):
@@ -154,7 +157,8 @@ class Regroup(Message, frozen=True, kw_only=True):
 class Begin(Message, frozen=True, kw_only=True):
     """All are ready: go on from ``step``.
 
-    ``source`` is initial, keep, peer (rank ``peer`` has the state) or checkpoint (in the folder ``checkpoint``).
+    ``source`` is initial, keep, peer or checkpoint (in the folder ``checkpoint``). With peer, ``peers`` says of each
+    part that somebody lacks the rank of a worker that has it; all other parts are kept.
     ``generation`` numbers the lines of history of an asynchronous run; ``applied`` are the steps its state holds.
     ``evaluate``: the model of this step has still to be evaluated; ``saved``: the step of the newest checkpoint.
     """
@@ -164,7 +168,7 @@ class Begin(Message, frozen=True, kw_only=True):
     servers: list[Address]
     step: int
     source: str
-    peer: int
+    peers: dict[str, int]
     checkpoint: str | None
     generation: int
     applied: list[tuple[int, int]]

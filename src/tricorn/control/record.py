@@ -17,6 +17,8 @@ from tricorn.control.ledger import Ledger, Order
 from tricorn.control.messages import File, Progress
 from tricorn.data.order import step_range, steps_per_epoch
 from tricorn.plan import Plan
+from tricorn.report import compare
+from tricorn.state import memory
 
 PROGRESS_SECONDS = 0.2
 _TAIL = 1 << 16  # bytes of metrics.jsonl among which the last loss is looked for
@@ -42,6 +44,7 @@ class Record:
         self._epoch, self._epoch_losses = -1, (0.0, 0)  # of the epoch traced last: their sum, and how many
         self._shown = 0.0
         self._notes = 0
+        self._spent: dict[str, dict[str, float]] = {}  # by role
         self._recent: deque[tuple[float, int]] = deque()
 
     def begin(self, epoch: int, committed: Intervals, event: str) -> None:
@@ -84,7 +87,13 @@ class Record:
         self._write({"step": step, "evaluation": values})
 
     def note(self, role: str, step: int, what: str, values: dict[str, float]) -> None:
-        """Write what a role measured; the first ``_NOTES`` of a coordinator's life are kept."""
+        """Write what a role measured; the first ``_NOTES`` of a coordinator's life are kept.
+
+        What a worker's steps were spent on, each word of which replaces the one before, is for the summary.
+        """
+        if what == "seconds":
+            self._spent[role] = values
+            return
         self._notes += 1
         if self._notes <= _NOTES:
             self._write({"step": step, what: values, "role": role})
@@ -104,8 +113,8 @@ class Record:
         manifest = checkpoints.load_manifest(folder)
         return Checkpoint(manifest.step, str(folder), manifest.applied), damages
 
-    def finish(self, outcome: str, bytes_sent: int) -> dict[str, Any]:
-        """Write and return the summary."""
+    def finish(self, outcome: str, bytes_sent: int, peak_bytes: dict[str, int]) -> dict[str, Any]:
+        """Write and return the summary. ``peak_bytes``: the most memory of each role."""
         order = self._order
         committed = self.ledger.committed()
         seconds = time.time() - self._began if self._began is not None else 0.0
@@ -130,10 +139,12 @@ class Record:
             "seconds": round(seconds, 3),
             "samples_per_second": round(here / seconds, 1) if seconds else 0.0,
             "bytes_sent": bytes_sent,
+            "peak_bytes": {"coordinator": memory.peak_bytes(), **peak_bytes},
             "restarts": self.ledger.restarts(),
             "exactly_once": self.ledger.exactly_once(complete=outcome == "done"),
             "loss": self._loss,
             "metrics": evaluations[max(evaluations)] if evaluations else {},
+            **self._steps(),
         }
         self.flush()
         path = self.folder / "summary.json"
@@ -141,6 +152,17 @@ class Record:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=1))
         partial.replace(path)
         return summary
+
+    def _steps(self) -> dict[str, Any]:
+        """What a step took, by terms, and what it was predicted to take if it was."""
+        found = compare.measured([*self._spent.values()], synchronous=self._plan.synchronous)
+        told: dict[str, Any] = {"measured": found}
+        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
+            said = msgspec.json.decode((self.folder / "predicted.json").read_bytes())
+            predicted = compare.grouped(said["terms"], said["seconds"], found)
+            interval = {"low": said["low"], "high": said["high"]}
+            told |= {"predicted": predicted | interval, "worst_term": compare.worst(predicted, found)}
+        return told
 
     def _last_loss(self) -> float | None:
         """The loss that an earlier coordinator wrote last. Ends a line that it did not come to end."""

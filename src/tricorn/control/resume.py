@@ -9,14 +9,17 @@ from tricorn.control.messages import Ready
 
 
 class Source(NamedTuple):
-    """``step`` and who has its state: ``kind`` is keep (all), peer (the worker of rank ``peer``) or lost (nobody)."""
+    """``step`` and who has its state: ``kind`` is keep (all), peer or lost (nobody).
+
+    With peer, ``peers`` are the parts that somebody lacks, each with the rank of a worker that has it.
+    """
 
     kind: str
     step: int
-    peer: int
+    peers: dict[str, int]
 
 
-LOST = Source("lost", 0, 0)
+LOST = Source("lost", 0, {})
 
 
 def resume_point(ready: Mapping[str, Ready]) -> Source:
@@ -35,12 +38,12 @@ def resume_point(ready: Mapping[str, Ready]) -> Source:
     if not common:
         return LOST
     step = max(common)
-    if all(step in held for roles in holders.values() for held in roles.values()):
-        return Source("keep", step, 0)
-    if len(holders) > 1:
-        return LOST  # parts with one holder each: none can be copied
-    (replicas,) = holders.values()
-    return Source("peer", step, min(rank_of(role) for role, held in replicas.items() if step in held))
+    peers = {
+        part: min(rank_of(role) for role, held in roles.items() if step in held)
+        for part, roles in holders.items()
+        if not all(step in held for held in roles.values())
+    }
+    return Source("peer" if peers else "keep", step, peers)
 
 
 def rank_of(role: str) -> int:

@@ -153,6 +153,7 @@ class Coordinator:
         member.heard = now
         if isinstance(message, m.Heartbeat):
             member.bytes_sent = message.bytes_sent
+            member.peak_bytes = max(member.peak_bytes, message.peak_bytes)
         elif isinstance(message, m.Failed):
             self._end("failed", message)
         elif message.epoch == self.epoch:
@@ -253,7 +254,7 @@ class Coordinator:
             epoch=self.epoch,
             workers=[ready[w.role].address for w in self.members.workers()],
             servers=[ready[s.role].address for s in self.members.servers()],
-            step=step, source=self._kind(source, checkpoint), peer=source.peer,
+            step=step, source=self._kind(source, checkpoint), peers=source.peers,
             checkpoint=checkpoint.folder if checkpoint else None,
             generation=self._generation, applied=self.committed.pairs,
             evaluate=self._evaluations.due(step), saved=self._saved,

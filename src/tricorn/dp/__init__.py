@@ -7,30 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tricorn.dp.batchnorm import global_layers
-from tricorn.dp.replicate import ReplicaTrainer
-from tricorn.state.flat import model_without_rows
-from tricorn.state.inspect import batch_statistics
-from tricorn.state.rows import needs_server
-
 if TYPE_CHECKING:
     from torch import nn
 
     from tricorn.job import Job
     from tricorn.plan import Plan
-    from tricorn.strategy import Context, Trainer
+    from tricorn.strategy import Beside, Context, Trainer
 
 
 class DataParallel:
-    """Fulfils ``tricorn.strategy.Strategy``."""
+    """Fulfils ``tricorn.strategy.Strategy``. Imports late: whoever only plans must not wait for PyTorch."""
 
     def why_not(self, job: Job, plan: Plan) -> str | None:
         """One sentence that names what would have to change, None if the job can run. Builds the model."""
-        model = model_without_rows(job)
-        return _conflict(plan) or needs_server(job, model) or _statistics(job, plan, model)
+        from tricorn.state.flat import model_without_rows
+        from tricorn.state.rows import needs_server
 
-    def trainer(self, context: Context) -> Trainer:
-        """A worker's half, with the model built from the job's seed."""
+        model = model_without_rows(job)
+        beside = plan.served or plan.embeddings != "whole"
+        return _conflict(plan) or (None if beside else needs_server(job, model)) or _statistics(job, plan, model)
+
+    def trainer(self, context: Context, beside: Beside | None = None) -> Trainer:
+        """A worker's half, with the model built from the job's seed; it trains all but what is ``beside``."""
         if context.plan.local_steps > 1:
             from tricorn.dp.local import LocalTrainer
 
@@ -38,8 +36,10 @@ class DataParallel:
         if context.plan.zero:
             from tricorn.dp.shard import ShardTrainer
 
-            return ShardTrainer(context)
-        return ReplicaTrainer(context)
+            return ShardTrainer(context, beside)
+        from tricorn.dp.replicate import ReplicaTrainer
+
+        return ReplicaTrainer(context, beside)
 
 
 def _conflict(plan: Plan) -> str | None:
@@ -61,6 +61,9 @@ def _conflict(plan: Plan) -> str | None:
 
 def _statistics(job: Job, plan: Plan, module: nn.Module) -> str | None:
     """Why the model's layers with statistics of the batch cannot have those of the whole batch, if they cannot."""
+    from tricorn.dp.batchnorm import global_layers
+    from tricorn.state.inspect import batch_statistics
+
     summed = global_layers(module)
     for name in batch_statistics(module):
         what = f"layer {name!r} keeps statistics of the batch"

@@ -36,6 +36,8 @@ class Buffers:
 
     def changed(self) -> list[float]:
         """1.0 for each buffer that this worker has written since ``begin`` and that is not equal by itself."""
+        if not self._shared:
+            return []
         before = {name: (buffer, version) for name, buffer, version, _ in self._before}
         now = dict(self._module.named_buffers())
         return [
@@ -44,6 +46,8 @@ class Buffers:
 
     def spread(self, group: Group, changed: Sequence[float], source: int) -> None:
         """Take those buffers from rank ``source``; ``changed`` is summed over the workers."""
+        if not any(changed):
+            return
         now = dict(self._module.named_buffers())
         for name, workers in zip(self._shared, changed, strict=True):
             if workers:

@@ -1,4 +1,4 @@
-"""Sum a gradient where it lies: each worker of a host writes its own into memory that all of them see.
+"""Gradients of the workers of one host, written where all of them see them; then one update, made by all together.
 
 Nothing runs beside backward, so two workers on two cores keep them to themselves; and the sum is taken block by block
 on the way into the update, so it is never written to memory (docs/decisions/0009-gradients-in-shared-memory.md).
@@ -8,36 +8,36 @@ Legend: N elements of all trained parameters together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tricorn.dp.shared_state import SharedState
+from tricorn.errors import PeerLost
 from tricorn.state.flat import trained_parameters
-from tricorn.state.gradient import squared_norm
 
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
     from tricorn.state.flat import Entry, FlatState
 
-BLOCK = 1 << 17  # elements: a block of the sum is still in the cache when the update reads it
-
 
 class DirectSum:
-    """The gradient of a state, summed over a group of one host. ``exposed`` is from ``Group.expose(2 * N, ...)``.
+    """The gradient of a state, summed over a group of one host. ``exposed`` is from ``Group.expose(N, ...)``.
 
     Call ``begin``, then one backward or none, then ``finish``; a step either ends with ``update`` or is abandoned.
-    While it lives, backward's gradients are taken from the parameters, which keep none. All ranks add in rank order.
+    While it lives, backward's gradients are taken from the parameters, which keep none, and the state lies in memory
+    that all ranks share. All ranks add in rank order. ``waited``: seconds for which updates have waited for peers.
     """
 
     def __init__(self, state: FlatState, group: Group, exposed: Sequence[Tensor]) -> None:
+        self.waited = 0.0
         self._state = state
         self._group = group
-        # Two of each, used in turn: who begins the next step may write while a slower one still reads.
-        size = state.weights_N.numel()
-        self._halves = [[both[:size] for both in exposed], [both[size:] for both in exposed]]
-        self._turn = 0
+        self._exposed = exposed
+        self._shared = SharedState(state, group, exposed)
         self._last = False  # whether what runs is the last backward of the step
         self._missing: set[Tensor] = set()
         trained = dict(trained_parameters(state.module))
@@ -50,6 +50,8 @@ class DirectSum:
 
     def begin(self) -> None:
         """The backward that follows is the last of the step."""
+        if self._shared.left and self._group.size > 1:
+            raise PeerLost("the group of the last step is lost")  # peers may still read the gradient of that step
         self._last, self._missing = True, set(self._places)
 
     def finish(self, status: Tensor) -> None:
@@ -61,38 +63,50 @@ class DirectSum:
                 self._take(parameter)
         self._group.all_reduce_now(status)
         self._last = False
-        self._group.note_read(self._state.weights_N.nbytes * (self._group.size - 1))
 
     def squared_norm(self) -> float:
-        """The squared L2 norm of the sum."""
-        size = self._state.weights_N.numel()
-        return sum(squared_norm(self._sum(slice(start, start + BLOCK))) for start in range(0, size, BLOCK))
+        """The squared L2 norm of the sum. Raises PeerLost."""
+        return self._shared.squared_norm()
 
     def update(self, factor: float, rate: float) -> None:
         """Make the next update with the sum times ``factor`` at that learning rate."""
-        state = self._state
-        for start in range(0, state.weights_N.numel(), BLOCK):
-            part = slice(start, start + BLOCK)
-            slots = {name: slot[part] for name, slot in state.slots.items()}
-            grad = self._sum(part).mul_(factor)
-            state.optimizer.update(state.weights_N[part], grad, slots, step=state.step + 1, lr=rate)
-        state.step += 1
-        self._turn = 1 - self._turn
+        self._shared.update(factor, rate)
+        began = time.perf_counter()
+        self._shared.commit(factor, rate)
+        self.waited += time.perf_counter() - began
+        self._note_read()
 
-    def abandon(self) -> None:
-        """Forget what the step has computed; fail it for the whole group unless that has agreed on it already."""
+    def abandon(self) -> bool:
+        """Forget what the step has computed; fail it for the whole group unless that has agreed on it already.
+
+        Returns whether the state is still what it was before the step.
+        """
         if self._last:
             self._group.interrupt()
         self._last = False
         for parameter in self._places:
             parameter.grad = None
+        return not self._group.over or self._shared.leave()
 
     def close(self) -> None:
-        """Leave the parameters' gradients alone, which become views of the state's again."""
-        for hook in self._hooks:
-            hook.remove()
+        """Leave the parameters' gradients alone, which become views of the state's again, and the state to itself."""
+        untouched = self._shared.leave()
+        assert untouched, "no peer makes a step without this one"
+        self.release()
         for parameter, entry in self._places.items():
             parameter.grad = self._state.grads_N[entry.start : entry.stop].view(entry.shape)
+
+    def release(self) -> None:
+        """Take no gradient any more. The hooks hold this object, and its shared memory, in a hidden circle."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note_read(self) -> None:
+        """The others have read their parts of this gradient, and this part of the weights."""
+        start, stop = self._shared.parts[self._group.rank]
+        weights_N = self._state.weights_N
+        others = self._group.size - 1
+        self._group.note_read((len(weights_N) + (others - 1) * (stop - start)) * weights_N.itemsize)
 
     def _take(self, parameter: Tensor) -> None:
         if not self._last:
@@ -107,13 +121,4 @@ class DirectSum:
 
     def _place(self, parameter: Tensor) -> Tensor:
         entry = self._places[parameter]
-        return self._halves[self._turn][self._group.rank][entry.start : entry.stop].view(entry.shape)
-
-    def _sum(self, part: slice) -> Tensor:
-        first, *others = (half[part] for half in self._halves[self._turn])
-        if not others:
-            return first
-        total = first + others[0]
-        for other in others[1:]:
-            total += other
-        return total
+        return self._exposed[self._group.rank][entry.start : entry.stop].view(entry.shape)

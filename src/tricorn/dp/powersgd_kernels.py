@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from tricorn.comm.kernel import kernel
 
 Matrix = NDArray[Any]  # float32 or float64
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def orthogonalise(rows_RA: Matrix) -> None:
     """Make the rows orthonormal in place (Gram-Schmidt, sums in float64). One that depends on others becomes zero."""
     for r in range(len(rows_RA)):
@@ -30,7 +31,7 @@ def orthogonalise(rows_RA: Matrix) -> None:
             rows_RA[r, a] *= scale
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def product(left_RA: Matrix, right_RB: Matrix, out_AB: Matrix) -> None:
     """left_RA^T @ right_RB."""
     for a in range(len(out_AB)):
@@ -42,7 +43,7 @@ def product(left_RA: Matrix, right_RB: Matrix, out_AB: Matrix) -> None:
                 row[b] += factor * right[b]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _dot(x: Matrix, y: Matrix) -> float:
     total = 0.0
     for i in range(len(x)):

@@ -11,18 +11,21 @@ from tricorn.dp.buckets import Tuner
 from tricorn.dp.compress import gradient_sum
 from tricorn.dp.direct import DirectSum
 from tricorn.dp.worker import Worker
-from tricorn.state.flat import FlatState, build_model, device_of
-from tricorn.state.gradient import clip_factor, squared_norm
+from tricorn.state.flat import FlatState, device_of
+from tricorn.state.gradient import squared_norm
 from tricorn.state.shards import Piece
 from tricorn.state.whole_rows import open_checkpoint
-from tricorn.strategy import Batch, Outcome, Seat
+from tricorn.strategy import Batch, Beside, Context, Seat
 
 
 class ReplicaTrainer(Worker):
     """Fulfils ``tricorn.strategy.Trainer``. All replicas stay equal bit for bit."""
 
-    part: str | None = "model"
     _direct: DirectSum | None = None  # where all workers see the same memory
+
+    def __init__(self, context: Context, beside: Beside | None = None) -> None:
+        self.part: str | None = f"shard{context.rank}" if beside and beside.alone else "model"
+        super().__init__(context, beside)
 
     def held(self) -> int | None:
         return self._state.step if self._whole else None
@@ -32,14 +35,12 @@ class ReplicaTrainer(Worker):
         if self._direct:
             self._direct.close()
             self._direct = None
+        self._begin(seat)
         match seat.source:
             case "initial":
-                if not self._untouched:
-                    self._prepare(self._build())
                 self._whole = True
             case "checkpoint":
                 assert seat.checkpoint is not None
-                self._whole = self._untouched = False
                 self._state.load(open_checkpoint(self._job, seat.checkpoint, seat.step))
                 self._whole = True
             case "peer":
@@ -48,12 +49,18 @@ class ReplicaTrainer(Worker):
             self._choose(group)
         assert self.held() == seat.step, f"holds step {self.held()} where the seat says {seat.source} {seat.step}"
 
+    def close(self) -> None:
+        super().close()
+        if self._direct:
+            self._direct.release()
+
     def pieces(self) -> Sequence[Piece]:
-        return self._state.pieces() if self._context.rank == 0 else []
+        own = self._state.pieces() if self._context.rank == 0 else []
+        return [*own, *self._beside.pieces()]
 
     def _build(self) -> nn.Module:
         self._untouched = True
-        self._state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
+        self._state = FlatState(self._new_model(), self._job.optimizer, device_of(self._job))
         self._sum = gradient_sum(self._state, self._context.plan.compress)
         return self._state.module
 
@@ -61,7 +68,7 @@ class ReplicaTrainer(Worker):
         """Sum gradients in shared memory where all workers see it, in buckets beside backward where not."""
         self._sum.agree(group, 0, filled=False)
         weights_N = self._state.weights_N
-        exposed = group.expose(2 * len(weights_N), weights_N.dtype) if weights_N.is_cpu else None
+        exposed = group.expose(len(weights_N), weights_N.dtype) if weights_N.is_cpu else None
         if exposed:
             self._direct = DirectSum(self._state, group, exposed)
         else:
@@ -80,14 +87,16 @@ class ReplicaTrainer(Worker):
         (self._direct or self._sum).finish(status)
 
     def _abandon(self) -> None:
-        (self._direct or self._sum).abandon()
+        if self._direct:
+            self._whole &= self._direct.abandon()
+        else:
+            self._sum.abandon()
 
-    def _factor(self, group: Group, outcome: Outcome) -> float:
-        factor = 1 / max(outcome.count, 1)
-        if self._job.clip_norm is not None:
-            square = self._direct.squared_norm() if self._direct else squared_norm(self._state.grads_N)
-            factor *= clip_factor(self._job, square * factor**2)
-        return factor
+    def _waited(self) -> float:
+        return super()._waited() + (self._direct.waited if self._direct else 0.0)
+
+    def _squared_norm(self, group: Group) -> float:
+        return self._direct.squared_norm() if self._direct else squared_norm(self._state.grads_N)
 
     def _update(self, factor: float, rate: float) -> None:
         if self._direct:
@@ -104,7 +113,7 @@ class ReplicaTrainer(Worker):
         if self.held() != seat.step:  # else what arrives is what is here, and a broken transfer breaks nothing
             self._whole = self._untouched = False
         self._sum.agree(group, seat.peer, filled=False)
-        for tensor in (*self._state.tensors().values(), *self._state.module.buffers()):
+        for tensor in (*self._state.tensors().values(), *self._state.module.buffers(), self._beside.carried()):
             sent = tensor.contiguous()
             group.broadcast(sent, seat.peer)
             tensor.copy_(sent)

@@ -21,20 +21,20 @@ from tricorn.dp.shard_sum import ShardSum
 from tricorn.dp.shard_units import Unit, blocks, runs
 from tricorn.dp.worker import Worker, first_of
 from tricorn.state import flat
-from tricorn.state.gradient import clip_factor, forward, judge_share, loss_sum, squared_norm
+from tricorn.state.gradient import forward, loss_sum, squared_norm
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.state.whole_rows import open_checkpoint
-from tricorn.strategy import Batch, Context, Outcome, Seat
+from tricorn.strategy import Batch, Beside, Context, Seat
 
 
 class ShardTrainer(Worker):
     """Fulfils ``tricorn.strategy.Trainer``. Nobody else has this worker's part: if it is lost, a checkpoint has it."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, beside: Beside | None = None) -> None:
         self.part: str | None = f"shard{context.rank}"
         self._zero = context.plan.zero
         self._gather_peers = Peers(context, "dp-gather")
-        super().__init__(context)
+        super().__init__(context, beside)
 
     def held(self) -> int | None:
         return self._step if self._whole else None
@@ -42,13 +42,11 @@ class ShardTrainer(Worker):
     def join(self, seat: Seat) -> None:
         group = self._connect(seat)
         self._gather_peers.join(seat)
+        self._begin(seat)
         if seat.source == "initial":
-            if not self._untouched:
-                self._prepare(self._build())
             self._whole = True
         elif seat.source == "checkpoint":
             assert seat.checkpoint is not None
-            self._whole = self._untouched = False
             self._load(open_checkpoint(self._job, seat.checkpoint, seat.step))
             self._whole = True
         self._gather.join(self._gather_peers.group)
@@ -59,18 +57,19 @@ class ShardTrainer(Worker):
         self._gather.open()
         self._gather.begin("evaluate", first_of(share_sizes(self._balance.weights, samples)))
         try:
-            judge_share(self._job, self._module, batch, judge)
+            super().evaluate(batch, samples, judge)
             self._gather.end()
         finally:
             self._gather.close()
 
     def pieces(self) -> Sequence[Piece]:
         buffers = flat.buffer_pieces(self._module) if self._context.rank == 0 else []
-        return [piece for unit in self._units for piece in unit.pieces()] + buffers
+        own = [piece for unit in self._units for piece in unit.pieces()] + buffers
+        return [*own, *self._beside.pieces()]
 
     def _build(self) -> nn.Module:
         self._untouched, self._step = True, 0
-        module = flat.build_model(self._job).to(flat.device_of(self._job))
+        module = self._new_model().to(flat.device_of(self._job))
         named = dict(flat.trained_parameters(module))
 
         def unit(names: Sequence[str]) -> Unit:
@@ -149,13 +148,10 @@ class ShardTrainer(Worker):
         self._gather.close()
         self._sum.abandon()
 
-    def _factor(self, group: Group, outcome: Outcome) -> float:
-        factor = 1 / max(outcome.count, 1)
-        if self._job.clip_norm is not None:
-            square = torch.tensor([sum(squared_norm(unit.grad_s) for unit in self._units)], dtype=torch.float64)
-            group.all_reduce_now(square)
-            factor *= clip_factor(self._job, square.item() * factor**2)
-        return factor
+    def _squared_norm(self, group: Group) -> float:
+        square = torch.tensor([sum(squared_norm(unit.grad_s) for unit in self._units)], dtype=torch.float64)
+        group.all_reduce_now(square)
+        return square.item()
 
     def _update(self, factor: float, rate: float) -> None:
         for unit in self._units:

@@ -18,9 +18,11 @@ from tricorn.dp.batchnorm import GlobalNorm, nothing
 from tricorn.dp.buckets import Tuner
 from tricorn.dp.buffers import Buffers
 from tricorn.errors import Diverged
-from tricorn.state.gradient import check_finite, forward_backward, judge_share, learning_rate, portion
+from tricorn.state.beside import WholeTables
+from tricorn.state.flat import model_without_rows
+from tricorn.state.gradient import check_finite, clip_factor, forward_backward, judge_share, learning_rate, portion
 from tricorn.state.shards import Piece
-from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
+from tricorn.strategy import Batch, Beside, Context, Outcome, Seat, Wishes
 
 _AGREED = 3 + len(Wishes())  # the numbers of the status that make an Outcome
 
@@ -29,11 +31,13 @@ class Worker(ABC):
     """Fulfils ``tricorn.strategy.Trainer``.
 
     An update is applied only when everything of its step is agreed; a step that fails leaves the state as it was.
+    What is ``beside`` the state is trained with it, to the same steps.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, beside: Beside | None = None) -> None:
         self._context = context
         self._job = context.job
+        self._beside = beside or WholeTables(context.job)
         self._peers = Peers(context, "dp")
         self._norm_peers = Peers(context, "dp-norm")  # sums in the midst of computing, out of the gradients' way
         self._whole = False  # whether it is settled that what is here is the state of a step
@@ -42,11 +46,19 @@ class Worker(ABC):
         self._tuner: Tuner | None = None
         self._last: list[int] = []  # the shares of the last step, if there was one in this membership epoch
         self._busy = self._took = 0.0  # seconds of the last step: computing, and altogether
+        self.computed = 0.0
         self._prepare(self._build())
 
     @property
     def bytes_sent(self) -> int:
-        return sum(peers.bytes_sent for peers in self._all_peers())
+        return sum(peers.bytes_sent for peers in self._all_peers()) + self._beside.bytes_sent
+
+    @property
+    def foresees(self) -> bool:
+        return self._beside.foresees
+
+    def foresee(self, step: int, batch: Batch) -> None:
+        self._beside.foresee(step, self._inputs(batch))
 
     def share(self, samples: int) -> tuple[int, int]:
         bounds = cut(self._balance.weights, samples)
@@ -59,36 +71,43 @@ class Worker(ABC):
         shares = share_sizes(self._balance.weights, samples)
         self._buffers.begin()
         try:
-            outcome, changed = self._agree(group, step, batch, shares, wishes)
+            outcome, rows_square, changed = self._agree(group, step, batch, shares, wishes)
             check_finite(step, outcome)
             self._buffers.spread(group, changed, first_of(shares))
-            factor = self._factor(group, outcome)
+            mean, scale = 1 / max(outcome.count, 1), 1.0
+            if self._job.clip_norm is not None:
+                scale = clip_factor(self._job, (self._squared_norm(group) + rows_square) * mean**2)
         except BaseException as error:
             if not isinstance(error, Diverged):  # of which all know
                 for peers in self._all_peers():
                     peers.give_up()
             self._abandon()
+            self._beside.abandon()
             self._buffers.restore()
             raise
         self._untouched = False
-        computed = time.perf_counter()
-        self._update(factor, learning_rate(self._job, step))
-        self._busy += time.perf_counter() - computed
+        computed, waited = time.perf_counter(), self._waited()
+        self._update(mean * scale, learning_rate(self._job, step))
+        self._beside.commit(outcome.count, scale, float(self._job.schedule(step)) if self._job.schedule else 1.0)
+        self._busy += time.perf_counter() - computed - (self._waited() - waited)
         self._publish(group)
         self._took = time.perf_counter() - began
         self._last = shares
         return outcome
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
-        judge_share(self._job, self._module, batch, judge)
+        with self._beside.judging([batch.inputs] if batch.samples else []):
+            judge_share(self._job, self._module, batch, judge)
 
     def interrupt(self) -> None:
         for peers in self._all_peers():
             peers.interrupt()
+        self._beside.interrupt()
 
     def close(self) -> None:
         for peers in self._all_peers():
             peers.leave()
+        self._beside.close()
 
     @abstractmethod
     def held(self) -> int | None: ...
@@ -116,8 +135,8 @@ class Worker(ABC):
         """The step has failed: leave the gradient alone, and clear it."""
 
     @abstractmethod
-    def _factor(self, group: Group, outcome: Outcome) -> float:
-        """What to multiply the summed gradient by, so that it is the mean, and clipped."""
+    def _squared_norm(self, group: Group) -> float:
+        """The squared L2 norm of the summed gradient."""
 
     @abstractmethod
     def _update(self, factor: float, rate: float) -> None:
@@ -144,24 +163,43 @@ class Worker(ABC):
         self._tuner, self._last, self._busy, self._took = None, [], 0.0, 0.0
         return group
 
+    def _begin(self, seat: Seat) -> None:
+        """Have what is beside at the step of the seat, in a new model if this one has left the weights of the seed."""
+        if seat.source == "initial" and not self._untouched:
+            self._prepare(self._build())
+        elif seat.source == "checkpoint":
+            self._whole = self._untouched = False
+        self._beside.join(seat, range(len(seat.workers)), self._module)
+
+    def _new_model(self) -> nn.Module:
+        """The job's model with the weights of its seed, but for what is beside it."""
+        model = model_without_rows(self._job)
+        self._beside.attach(model)
+        return model
+
     def _agree(
         self, group: Group, step: int, batch: Batch, shares: list[int], wishes: Wishes
-    ) -> tuple[Outcome, list[float]]:
-        """Sum gradients, loss and wishes over all workers; also which buffers changed."""
+    ) -> tuple[Outcome, float, list[float]]:
+        """Sum gradients, loss and wishes over all workers.
+
+        Also the squared norm of the gradient of what is beside, and which buffers changed.
+        """
         if self._tuner is not None:
             self._tuner.begin(first_of(self._last))
         busy = [0.0] * group.size
         busy[group.rank] = self._busy
+        self._beside.fetch(step, self._inputs(batch))
         loss_sum = self._compute(group, batch, shares)
+        rows_square = self._beside.hand_over(batch.count)
         status = torch.tensor(
-            [loss_sum, batch.count, batch.samples, *wishes, self._took, *busy, *self._buffers.changed()],
+            [loss_sum, batch.count, batch.samples, *wishes, rows_square, self._took, *busy, *self._buffers.changed()],
             dtype=torch.float64,
         )
         self._finish_sum(status)
         told = status.tolist()
-        times = _AGREED + 1 + group.size
-        self._hear(step, told[_AGREED], told[_AGREED + 1 : times])
-        return Outcome.of(told[:_AGREED]), told[times:]
+        times = _AGREED + 2 + group.size
+        self._hear(step, told[_AGREED + 1], told[_AGREED + 2 : times])
+        return Outcome.of(told[:_AGREED]), told[_AGREED], told[times:]
 
     def _compute(self, group: Group, batch: Batch, shares: list[int]) -> float:
         """Add up this worker's part of the gradient; its loss sum."""
@@ -172,6 +210,7 @@ class Worker(ABC):
         if self._norm:
             self._norm.finish(here=batch.samples > 0)
         self._busy = time.perf_counter() - began - (self._waited() - waited)
+        self.computed += self._busy
         return loss_sum
 
     def _backward(self, batch: Batch) -> float:
@@ -191,6 +230,10 @@ class Worker(ABC):
             return [batch]
         edges = [batch.samples * part // count for part in range(count + 1)]
         return [portion(self._job, batch, start, stop) for start, stop in pairwise(edges)]
+
+    def _inputs(self, batch: Batch) -> list[Any]:
+        """What the model is called with, microbatch by microbatch."""
+        return [part.inputs for part in self._parts(batch)] if batch.samples else []
 
     def _hear(self, step: int, took: float, busy: list[float]) -> None:
         """How long the last step took, summed over all workers, and how long each of them computed."""

@@ -24,6 +24,7 @@ from tricorn.engine.base import JobFacts, RoleSpec
 from tricorn.errors import PeerLost, UsageError, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.state import memory
 
 _PR_SET_PDEATHSIG = 1
 
@@ -35,6 +36,7 @@ class Load(m.Message, frozen=True, kw_only=True):
     name: str
     pickle_fd: int | None
     plan: Plan
+    sharing: int  # of how many workers and servers of the plan this machine has to hold at most
 
 
 class Loaded(m.Message, frozen=True, kw_only=True):
@@ -79,6 +81,7 @@ class ForkServer:
         self._listener = listen(host)
         self._job: Job
         self._children: dict[int, tuple[str, int]] = {}
+        self._killed_before: int | None = None
         self._woken, wake = socket.socketpair()
         for end in (self._woken, wake):
             end.setblocking(False)
@@ -120,6 +123,8 @@ class ForkServer:
     def _load(self, order: Load) -> None:
         from tricorn.engine.loading import describe, load, warm
 
+        memory.allow(order.plan.memory, order.sharing)
+        self._killed_before = memory.killed_for_memory()
         try:
             self._job = load(order.file, order.name, order.pickle_fd)
             facts = describe(self._job, order.file, order.name)
@@ -134,7 +139,7 @@ class ForkServer:
             )
             self._say(m.failed(problem, traceback.format_exc()[-8000:]))
         else:
-            gc.collect()
+            memory.give_back()
             gc.freeze()  # what is loaded stays shared with the roles
             self._say(Loaded(job=facts, coordinator=self._listener.getsockname()[:2]))
 
@@ -176,18 +181,27 @@ class ForkServer:
                 if not pid:
                     return
                 if life := self._children.pop(pid, None):  # else it is a process of the user's own
-                    self._say(m.Exited(role=life[0], incarnation=life[1], reason=_reason(status)))
+                    self._say(m.Exited(role=life[0], incarnation=life[1], reason=self._reason(status)))
 
     def _say(self, message: m.Message) -> None:
         self._sock.sendall(m.encode(message))
 
+    def _reason(self, status: int) -> str:
+        code = os.waitstatus_to_exitcode(status)
+        if code >= 0:
+            return f"exit code {code}"
+        hint = self._hint() if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
 
-def _reason(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exit code {code}"
-    hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
+    def _hint(self) -> str:
+        """Whether the kernel has killed for want of memory since we last knew."""
+        before, self._killed_before = self._killed_before, memory.killed_for_memory()
+        if before is None or self._killed_before is None:
+            return ", perhaps for want of memory"
+        if self._killed_before == before:
+            return ""
+        limit = memory.limit_bytes()
+        return " for want of memory" + (f": it may have {limit / 1e6:,.0f} MB" if limit else "")
 
 
 def main() -> None:
@@ -201,6 +215,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # no pool of threads may exist before a fork
     importlib.import_module("tricorn.engine.loading")
+    memory.keep_freed()
     ForkServer(sock, sys.argv[2]).serve()
 
 

@@ -31,7 +31,10 @@ def on_hosts(*places: Place) -> Callable[[Job | tuple[str, str]], Engine]:
     """For ``tricorn.train(job, engine=on_hosts(a, b), ...)``. Raises UsageError without any host."""
     if not places:
         raise UsageError("no hosts are given", remedy="Give at least one, as in on_hosts(a, b).")
-    return lambda job: HostsEngine([LocalEngine(job, host=place.address, prefix=place.prefix) for place in places])
+    count = len(places)
+    return lambda job: HostsEngine(
+        [LocalEngine(job, host=place.address, prefix=place.prefix, hosts=count) for place in places]
+    )
 
 
 class Placement:

@@ -15,6 +15,7 @@ import torch
 from tricorn import strategy
 from tricorn.data.sources import as_source
 from tricorn.engine.base import JobFacts
+from tricorn.engine.fitting import too_large
 from tricorn.errors import PlanError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
@@ -95,19 +96,21 @@ def warm(job: Job, plan: Plan) -> None:
         from tricorn.comm import within
 
         within.warm({getattr(torch, job.precision), torch.float32, torch.float64})
-    if plan.strategy == "dp" and plan.workers > 1 and plan.compress != "none":
+    if plan.dense == "dp" and plan.workers > 1 and plan.compress != "none":
         from tricorn.dp import compress
 
         compress.warm(plan.compress, torch.float64 if job.precision == "float64" else torch.float32)
-    if plan.strategy == "ps":
+    if plan.served:
         from tricorn.ps import ring, server, shared, trainer  # noqa: F401  what its roles import
 
         ring.warm()
-    chosen = strategy.find(plan.strategy)
+    chosen = strategy.find(plan)
     if reason := chosen.why_not(job, plan):
         raise PlanError(
             f"{plan.strategy} cannot run this job: {reason}", remedy="Change that, or choose another --strategy."
         )
+    if error := too_large(job, plan):
+        raise error
     if "torch.cuda" in sys.modules and torch.cuda._initialized:
         raise UsageError(
             "the job uses CUDA while it is being loaded, and a process that uses CUDA cannot be forked",

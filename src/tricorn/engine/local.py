@@ -31,14 +31,16 @@ class LocalEngine:
     """Runs the roles of one job: ``job`` is a Job, or (file, name) of one.
 
     ``host`` is the address that they listen at; ``prefix`` is put before the command that starts the warm process.
+    ``hosts`` is how many machines roles are spread over, this one among them.
     """
 
     def __init__(
-        self, job: Job | tuple[str, str], *, host: str = "127.0.0.1", prefix: Sequence[str | Path] = ()
+        self, job: Job | tuple[str, str], *, host: str = "127.0.0.1", prefix: Sequence[str | Path] = (), hosts: int = 1
     ) -> None:
+        self._hosts = hosts
         self._job = job
         self.host = host
-        self._pickled = _pickled(job) if isinstance(job, Job) else None
+        self._pickled = pickled(job) if isinstance(job, Job) else None
         self._sock, theirs = socket.socketpair()
         handed = [theirs.fileno(), *([self._pickled.fileno()] if self._pickled else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -59,7 +61,9 @@ class LocalEngine:
     def begin_load(self, plan: Plan) -> None:
         """Begin to make the job ready; ``loaded`` waits for it."""
         file, name = self._job if isinstance(self._job, tuple) else (None, "")
-        self._say(Load(file=file, name=name, pickle_fd=self._pickled.fileno() if self._pickled else None, plan=plan))
+        fd = self._pickled.fileno() if self._pickled else None
+        sharing = -(-(plan.workers + plan.servers) // self._hosts)
+        self._say(Load(file=file, name=name, pickle_fd=fd, plan=plan, sharing=sharing))
 
     def loaded(self) -> tuple[JobFacts, m.Address]:
         """What ``load`` returns and raises."""
@@ -124,8 +128,8 @@ class LocalEngine:
             ) from None
 
 
-def _pickled(job: Job) -> IO[bytes]:
-    """The job in an anonymous file that only the fork server inherits."""
+def pickled(job: Job) -> IO[bytes]:
+    """The job in an anonymous file that only a process which is handed it inherits."""
     import cloudpickle
 
     stream = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the engine

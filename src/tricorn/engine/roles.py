@@ -66,7 +66,7 @@ def work(spec: RoleSpec, job: Job) -> int:
             job=job, plan=spec.plan, rank=rank, incarnation=spec.incarnation, secret=spec.secret, listener=listener,
             measured=measured,
         )  # fmt: skip
-        trainer = strategy.find(spec.plan.strategy).trainer(context)
+        trainer = strategy.find(spec.plan).trainer(context)
         orders.trainer = trainer
         kind = SynchronousLoop if spec.plan.synchronous else LeasedLoop
         loop = kind(
@@ -113,8 +113,9 @@ def serve(spec: RoleSpec) -> int:
                 part = f"server{index}"
                 link.send(m.Ready(epoch=epoch, part=part, held=held, address=server.address, applied=applied))
             case m.Begin():
+                source = "keep" if order.source == "peer" else order.source  # nobody has a server's part but itself
                 server.begin(
-                    epoch=order.epoch, step=order.step, source=order.source, workers=len(order.workers),
+                    epoch=order.epoch, step=order.step, source=source, workers=len(order.workers),
                     checkpoint=Path(order.checkpoint) if order.checkpoint else None,
                     generation=order.generation, applied=order.applied,
                 )  # fmt: skip

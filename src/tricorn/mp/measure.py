@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,76 +12,162 @@ import torch
 from torch import Tensor
 
 from tricorn.data.sources import as_source
-from tricorn.errors import PlanError
 from tricorn.mp import wire
 from tricorn.mp.backward import backward
-from tricorn.mp.partition import Block, balance, blocks, legal_cuts
-from tricorn.state.flat import build_model, call_model
-from tricorn.state.gradient import autocast, placed
+from tricorn.mp.deferred import Deferral
+from tricorn.state.build import release
+from tricorn.state.flat import call_model
+from tricorn.state.gradient import autocast, loss_sum, placed
+from tricorn.strategy import Batch
 
 if TYPE_CHECKING:
     from tricorn.job import Job
+    from tricorn.mp.partition import Block
 
-ROUNDS = 3
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 12
+ENOUGH_SECONDS = 0.03  # for the rounds of one block
 
 
 class Cost(NamedTuple):
-    """``seconds``: forward and backward of one microbatch; ``obstacle``: why no cut can come after, None if one can."""
+    """Of one block and one microbatch, in the last block with the loss.
 
-    seconds: float
+    Seconds of forward and of the two parts of backward; bytes that it hands on, and that it keeps from forward to
+    backward, with those of them that it hands on; ``obstacle``: why no cut can come after, None if one can.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    handed_on: int
+    kept: int
+    kept_handed_on: int
     obstacle: str | None
 
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.input_gradient + self.weight_gradient
 
-def choose_cuts(job: Job, stages: int, samples: int, device: torch.device) -> tuple[int, ...]:
-    """The cuts that make the slowest stage fastest, measured with microbatches of that many samples.
 
-    Raises PlanError if the model cannot be cut so often, and whatever the user's code raises.
-    """
-    if stages == 1:
-        return ()
-    found = blocks(build_model(job), stages)
-    cuts = legal_cuts(found)
+def example(job: Job, samples: int) -> Batch:
+    """The first samples of the job's data, as one microbatch."""
     source = as_source(job.train)
-    inputs, _ = source.fetch(np.arange(min(samples, len(source)), dtype=np.int64))
-    costs = measure(job, found, inputs, device)
-    if hindered := [(found[c - 1].name, why) for c in cuts if (why := costs[c - 1].obstacle)]:
-        cuts = [c for c in cuts if costs[c - 1].obstacle is None]
-        if len(cuts) < stages - 1:
-            name, why = hindered[0]
-            raise PlanError(
-                f"{name} hands on {why}, which cannot travel from stage to stage; let it return a tensor or a tuple of "
-                f"tensors, or use at most {len(cuts) + 1} workers"
-            )
-    return balance([cost.seconds for cost in costs], stages, cuts)
+    inputs, target = source.fetch(np.arange(min(samples, len(source)), dtype=np.int64))
+    return Batch(inputs, target, len(target), max(1, int(job.count(inputs, target)) if job.count else len(target)))
 
 
-def measure(job: Job, found: Sequence[Block], inputs: Any, device: torch.device) -> list[Cost]:
-    """The median over a few rounds, after one to warm up. The blocks' gradients and buffers change.
+def measure(job: Job, found: Sequence[Block], batch: Batch, device: torch.device) -> list[Cost]:
+    """The median over a few rounds, after one to warm up. The blocks' layers and buffers change.
 
-    One block at a time is on the device, so that a model larger than the device can be measured.
+    One block at a time is on the device and has gradients, so that a model larger than the memory can be measured.
     """
     costs: list[Cost] = []
-    value = placed(job, inputs, device)
+    value, saved_before = placed(job, batch.inputs, device), set[int]()
     for index, block in enumerate(found):
         block.module.to(device)
-        taken = []
-        for _ in range(1 + ROUNDS):
-            seconds, made = _once(job, block, value, device, first=index == 0)
-            taken.append(seconds)
+        parameters = [p for p in block.module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        last = batch if index == len(found) - 1 else None
+        run = _Run(job, block, device, first=index == 0, batch=last)
+        made, saved = run.watched(value)
+        if costs:
+            both = _sizes(value, saved.given | saved_before)
+            costs[-1] = costs[-1]._replace(kept=costs[-1].kept + both, kept_handed_on=both)
+        times = list(run.rounds(value))
+        for parameter in parameters:
+            parameter.grad = None
         block.module.to("cpu")
-        costs.append(Cost(median(taken[1:]), wire.obstacle(made)))
-        value = made
+        release()
+        forward, backwards, weights = (median(column) for column in zip(*times, strict=True))
+        size = sum(part.nbytes for part in _parts(made))
+        costs.append(Cost(forward, backwards, weights, size, saved.inner, 0, wire.obstacle(made)))
+        value, saved_before = _fresh(made), saved.made
     return costs
 
 
-def _once(job: Job, block: Block, value: Any, device: torch.device, *, first: bool) -> tuple[float, Any]:
-    given = _fresh(value)
-    started = _now(device)
-    with autocast(job, device):
-        made = call_model(block.module, given) if first else block.module(given)
-    wanted = [part for part in _parts(made) if part.requires_grad]
-    backward(wanted, [torch.ones_like(part) for part in wanted])
-    return _now(device) - started, made
+class _Saved(NamedTuple):
+    """What autograd keeps: bytes of what only the block knows, and which tensors of what it was given and has made."""
+
+    inner: int
+    given: set[int]
+    made: set[int]
+
+
+class _Run:
+    """One block, run forward and backward as the pipeline does it."""
+
+    def __init__(self, job: Job, block: Block, device: torch.device, *, first: bool, batch: Batch | None) -> None:
+        self._job, self._module, self._device = job, block.module, device
+        self._first, self._batch = first, batch
+        self._deferral = Deferral()
+        self._deferral.install(block.module)
+
+    def watched(self, value: Any) -> tuple[Any, _Saved]:
+        """What the block makes of the value, and what is kept until backward."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        given = _fresh(value)
+        with torch.autograd.graph.saved_tensors_hooks(note, _as_it_is):
+            made, end = self._forward(given)
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        places = [[part.untyped_storage().data_ptr() for part in _parts(side)] for side in (given, made)]
+        of_given, of_made = ({i for i, at in enumerate(side) if at in kept} for side in places)
+        inner = sum(size for at, size in kept.items() if at not in places[0] and at not in places[1])
+        self._backward(end)
+        return made, _Saved(inner, of_given, of_made)
+
+    def rounds(self, value: Any) -> Iterator[tuple[float, float, float]]:
+        """Seconds of forward, and of the two parts of backward, of each of several rounds."""
+        spent, count = 0.0, 0
+        while count < FEWEST_ROUNDS or (spent < ENOUGH_SECONDS and count < MOST_ROUNDS):
+            given = _fresh(value)
+            times = [self._now()]
+            _, end = self._forward(given)
+            times.append(self._now())
+            waiting = self._backward(end)
+            times.append(self._now())
+            while waiting:
+                waiting.pop()()
+            times.append(self._now())
+            yield times[1] - times[0], times[2] - times[1], times[3] - times[2]
+            spent, count = spent + times[3] - times[0], count + 1
+
+    def _forward(self, given: Any) -> tuple[Any, list[Tensor]]:
+        """What is made, and where backward begins."""
+        with autocast(self._job, self._device):
+            made = call_model(self._module, given) if self._first else self._module(given)
+        if self._batch is None:
+            return made, [part for part in _parts(made) if part.requires_grad]
+        loss = loss_sum(self._job, made, self._batch)
+        return made, [loss] if loss.requires_grad else []
+
+    def _backward(self, end: Sequence[Tensor]) -> list[Any]:
+        """The weight gradients that wait are left."""
+        waiting = self._deferral.waiting = []
+        try:
+            backward(end, [torch.ones_like(part) for part in end])
+        finally:
+            self._deferral.waiting = None
+        return waiting
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _sizes(value: Any, which: set[int]) -> int:
+    """Bytes of these tensors of a value."""
+    return sum(part.nbytes for index, part in enumerate(_parts(value)) if index in which)
 
 
 def _fresh(value: Any) -> Any:
@@ -91,12 +177,6 @@ def _fresh(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _fresh(item) for name, item in value.items()}
     return tuple(_fresh(item) for item in value) if isinstance(value, tuple | list) else value
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _parts(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Where a model can be cut into stages, and where it is best cut.
+"""Where a model can be cut into stages, and the stages.
 
 A model is listed as blocks that are applied one after another, each to what the one before it returned: by its own
 ``pipeline_blocks()`` if it has one, else by following its ``forward`` (trace.py), as an ``nn.Sequential`` always
@@ -9,19 +9,28 @@ Legend: p stages, b blocks; a cut c (1 <= c < b) lies before block c.
 
 from __future__ import annotations
 
+import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tricorn.data.sources import as_source
 from tricorn.errors import PlanError
-from tricorn.mp.trace import hooked, traced
+from tricorn.mp.trace import Graphs, follow, hooked
+from tricorn.mp.trace_cuts import spans
+from tricorn.mp.trace_part import Part
 from tricorn.state.flat import call_model
+from tricorn.state.inspect import batch_statistics
 
-# With fewer blocks for each stage than this, a submodule that the user wrote is looked into for more.
-ENOUGH = 2
+if TYPE_CHECKING:
+    from tricorn.job import Job
+
+# With fewer blocks for each stage than this, more places to cut are looked for.
+ENOUGH = 4
 
 
 class Block(NamedTuple):
@@ -42,11 +51,18 @@ class _Call(nn.Module):
         return self.function(value)
 
 
-def blocks(model: nn.Module, stages: int) -> list[Block]:
+def blocks_of(job: Job, model: nn.Module, stages: int) -> list[Block]:
+    """``blocks`` of a job's model, called as with the first sample of the job's data."""
+    inputs, _ = as_source(job.train).fetch(np.zeros(1, dtype=np.int64))
+    return blocks(model, stages, inputs)
+
+
+def blocks(model: nn.Module, stages: int, inputs: Any = None) -> list[Block]:
     """The blocks of a model, in the order they are applied; fine enough for so many stages where it can be.
 
     A model can list them itself: ``pipeline_blocks()`` returns modules and functions, the first of which takes the
     model's inputs and each other what the one before it returned; together they hold every parameter and buffer.
+    ``inputs`` is an example of what the model is called with: what is not among it keeps its default.
 
     Raises PlanError with what would have to change in the model.
     """
@@ -55,7 +71,38 @@ def blocks(model: nn.Module, stages: int) -> list[Block]:
     listed = getattr(model, "pipeline_blocks", None)
     if listed is not None:
         return _listed(model, listed())
-    return [Block(name, module) for name, module in traced(model, ENOUGH * stages)]
+    return _followed(model, stages, None if inputs is None else _names(model, inputs))
+
+
+def _followed(model: nn.Module, stages: int, given: frozenset[str] | None) -> list[Block]:
+    """As coarse as will do: submodules as they are, then looked into; cut at one value, then at several."""
+    shallow = follow(model, deep=False, given=given)
+    levels: list[Graphs] = [shallow]
+    found: list[Block] = []
+    for several in (False, True):
+        for level in (0, 1):
+            if level == len(levels):
+                levels.append(follow(model, deep=True, given=given))
+            finer = _cut_up(model, levels[level], several)
+            found = max(found, finer, key=len)
+            if len(found) >= ENOUGH * stages:
+                return found
+    if len(found) < stages and (reasons := levels[-1].taken_whole):
+        raise PlanError(reasons[0])
+    return found
+
+
+def _cut_up(model: nn.Module, graphs: Graphs, several: bool) -> list[Block]:
+    pairs = zip(*(spans(model, graph, several=several) for graph in graphs[:2]), strict=True)
+    return [Block(training.name, Part(model, training, evaluation)) for training, evaluation in pairs]
+
+
+def _names(model: nn.Module, inputs: Any) -> frozenset[str]:
+    """Which of the model's parameters the inputs are."""
+    if isinstance(inputs, dict):
+        return frozenset(inputs)
+    count = len(inputs) if isinstance(inputs, tuple | list) else 1
+    return frozenset(list(inspect.signature(model.forward).parameters)[:count])
 
 
 def _listed(model: nn.Module, items: Sequence[Any]) -> list[Block]:
@@ -82,12 +129,35 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def legal_cuts(found: Sequence[Block]) -> list[int]:
-    """The cuts that no parameter or buffer is shared across, for a stage keeps its state to itself."""
-    reach: dict[int, tuple[int, int]] = {}  # tensor -> first and last block that use it
+    """The cuts that no statistics of batches lie across: two stages would each keep their own."""
+    return [c for c in range(1, len(found)) if not any(low < c <= high for low, high in _keepers(found).values())]
+
+
+def _keepers(found: Sequence[Block]) -> dict[nn.Module, tuple[int, int]]:
+    """Layers that keep statistics of batches, with the first and the last block that use them."""
+    reach: dict[nn.Module, tuple[int, int]] = {}
     for index, block in enumerate(found):
-        for tensor in _tensors(block.module):
-            reach[id(tensor)] = (reach.get(id(tensor), (index, index))[0], index)
-    return [c for c in range(1, len(found)) if not any(low < c <= high for low, high in reach.values())]
+        modules = dict(block.module.named_modules())
+        for name in batch_statistics(block.module):
+            layer = modules.get(name, block.module)
+            reach[layer] = (reach.get(layer, (index, index))[0], index)
+    return reach
+
+
+def tied(model: nn.Module, found: Sequence[Block], cuts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The trained parameters that blocks of several stages use, by name, and these stages in ascending order.
+
+    Each of the stages has a copy under that name; the gradient is the sum of theirs.
+    """
+    stages: dict[int, set[int]] = {}
+    for index, block in enumerate(found):
+        for parameter in block.module.parameters():
+            stages.setdefault(id(parameter), set()).add(bisect_right(cuts, index))
+    return {
+        name: tuple(sorted(stages[id(parameter)]))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and len(stages.get(id(parameter), ())) > 1
+    }
 
 
 def refusal(model: nn.Module, found: Sequence[Block], stages: int) -> str | None:
@@ -97,47 +167,17 @@ def refusal(model: nn.Module, found: Sequence[Block], stages: int) -> str | None
         return None
     if len(found) < stages:
         return (
-            f"{_called(model)} has {_counted(len(found), 'block')} for {stages} stages, where a block ends wherever a "
-            "single value is passed on; make it a longer chain (nn.Sequential), give it a method pipeline_blocks() "
-            f"that lists its parts, or use at most {_counted(most, 'worker')}"
+            f"{_called(model)} has {_counted(len(found), 'block')} for {stages} stages, where a block ends wherever "
+            "tensors are all that is passed on; make it a longer chain (nn.Sequential), give it a method "
+            f"pipeline_blocks() that lists its parts, or use at most {_counted(most, 'worker')}"
         )
+    names = {module: name for name, module in model.named_modules()}
+    shared = [names.get(layer, type(layer).__name__) for layer, (low, high) in _keepers(found).items() if low < high]
     return (
-        f"{_called(model)} shares {', '.join(_shared(model, found))} between blocks, so that it can be cut into "
-        f"{_counted(most, 'stage')} at most, not {stages}; untie them, or use at most {_counted(most, 'worker')}"
+        f"{_called(model)} uses {', '.join(shared)}, which keeps statistics of the batch, in several blocks, so that "
+        f"it can be cut into {_counted(most, 'stage')} at most, not {stages}; use GroupNorm or LayerNorm, or at most "
+        f"{_counted(most, 'worker')}"
     )
-
-
-def _shared(model: nn.Module, found: Sequence[Block]) -> list[str]:
-    users: dict[int, int] = {}
-    for block in found:
-        for tensor in _tensors(block.module):
-            users[id(tensor)] = users.get(id(tensor), 0) + 1
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [name for name, tensor in named if users.get(id(tensor), 0) > 1]
-
-
-def balance(costs: Sequence[float], stages: int, cuts: Sequence[int]) -> tuple[int, ...]:
-    """The p - 1 of the legal ``cuts`` that make the slowest stage fastest; of equals, the earliest.
-
-    Exact, by dynamic programming over stages and cuts. Raises PlanError if there are too few cuts.
-    """
-    if len(cuts) < stages - 1:
-        raise PlanError(f"a model that can be cut into {_counted(len(cuts) + 1, 'stage')} cannot make {stages}")
-    before = [0.0, *accumulate(costs)]
-    edges = [*cuts, len(costs)]
-    # rows[e]: the slowest stage, and the cuts, when the blocks before e make as many stages as there were rounds.
-    rows: dict[int, tuple[float, tuple[int, ...]]] = {edge: (before[edge], ()) for edge in edges}
-    for _ in range(stages - 1):
-        rows = {
-            edge: min(
-                (max(slowest, before[edge] - before[last]), (*chosen, last))
-                for last, (slowest, chosen) in rows.items()
-                if last < edge
-            )
-            for edge in edges
-            if min(rows) < edge
-        }
-    return rows[len(costs)][1]
 
 
 class Stage(nn.Module):

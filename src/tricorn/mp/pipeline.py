@@ -2,105 +2,172 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tricorn.mp import wire
-from tricorn.mp.backward import backward
-from tricorn.mp.schedule import one_forward_one_backward, split
+from tricorn.errors import PlanError
+from tricorn.mp.deferred import Deferral
+from tricorn.mp.passage import Passage, mapped
+from tricorn.mp.schedule import Action, Parcel, arrivals, needed, order, split, target
+from tricorn.mp.wire import Kind, Wire, kind_of
 from tricorn.state import gradient
 
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
-    from tricorn.comm.lane import Handle
     from tricorn.job import Job
     from tricorn.mp.partition import Stage
+    from tricorn.plan import Schedule
     from tricorn.strategy import Batch
+
+Work = tuple[list[Action], dict[int, list[Parcel]]]
 
 
 class Pipeline:
-    """This rank's stage between its neighbours. ``batch`` is the whole batch on the first and last stage, else empty.
+    """This rank's stages, and its place in line.
 
-    Every stage is called with the same number of ``samples``, of which there is at least one.
+    ``chunks`` are its stages: one, or several with the schedule ``interleaved``, which then are c * p + rank of
+    the line's p ranks. ``recompute`` keeps of a forward only what the stage was given. The parameters have a ``grad``
+    to add to. ``batch`` is the whole batch on the first and last stage, else empty. Every rank is called with the same
+    number of ``samples``, of which there is at least one.
+
+    Raises PlanError if the schedule cannot have so many chunks.
     """
 
-    def __init__(self, job: Job, stage: Stage, group: Group, microbatches: int) -> None:
-        self._job = job
-        self._stage = stage
-        self._group = group
-        self._device = stage.device
-        self._microbatches = microbatches
+    def __init__(
+        self,
+        job: Job,
+        chunks: Sequence[Stage],
+        line: Group,
+        *,
+        schedule: Schedule,
+        microbatches: int,
+        recompute: bool = False,
+    ) -> None:
+        if len(chunks) > 1 and (schedule != "interleaved" or line.size == 1):
+            raise PlanError(
+                f"{len(chunks)} chunks a worker need schedule interleaved and at least 2 stages; set chunks to 1"
+            )
+        self._job, self._chunks, self._line = job, chunks, line
+        self._schedule, self._microbatches, self._recompute = schedule, microbatches, recompute
+        self._device = chunks[0].device
+        self._wire = Wire(line, self._device)
+        self._deferral = Deferral()
+        for chunk in chunks:
+            self._deferral.install(chunk)
 
     def train(self, batch: Batch, samples: int) -> tuple[float, int]:
-        """Add the gradient sums of the batch to the stage's ``grad``; on the last stage its loss sum and count."""
+        """Add the gradient sums of the batch to the stages' ``grad``; returns loss sum and count, on the last stage."""
         ranges = split(samples, self._microbatches)
-        flying: deque[tuple[Any, Any]] = deque()  # (what was received, what was made of it), oldest first
-        sends: list[Handle] = []
+        actions, coming = self._work(len(ranges), training=True)
+        self._wire.expect(coming)
+        flying: dict[tuple[int, int], _Flying] = {}
         total, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for action, index in one_forward_one_backward(self._group.rank, self._group.size, len(ranges)):
-            if action == "F":
-                given = self._receive(batch, *ranges[index])
-                made = self._forward(given)
-                if self._stage.last:
-                    micro = gradient.portion(self._job, batch, *ranges[index])
-                    made = self._loss(made, micro)
-                    count += micro.count
-                    if made is not None:
-                        total += made.detach()
-                else:
-                    sends += wire.send(self._group, made, self._group.rank + 1)
-                flying.append((given, made))
-            else:
-                given, made = flying.popleft()
-                self._backward(made)
-                if not self._stage.first:
-                    sends += wire.send_gradients(self._group, given, self._group.rank - 1)
-        for handle in sends:
-            handle.wait()
+        for number, action in enumerate(actions):
+            key = action.chunk, action.microbatch
+            if action.kind == "F":
+                is_next = number + 1 < len(actions) and actions[number + 1][1:] == key
+                each = flying[key] = self._forward(action, batch, ranges, again=self._recompute and not is_next)
+                if each.loss is not None:
+                    total += each.loss
+                count += each.count
+            if action.kind in "BI":
+                self._backward(action, flying[key])
+            if action.kind in "BW":
+                flying.pop(key).passage.finish()
+        self._wire.flush()
         return total.item(), count
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
         """Run forward only, and judge each microbatch's output on the last stage."""
-        self._stage.eval()
-        sends: list[Handle] = []
+        ranges = split(samples, self._microbatches)
+        actions, coming = self._work(len(ranges), training=False)
+        self._wire.expect(coming)
+        for chunk in self._chunks:
+            chunk.eval()
         try:
             with torch.no_grad():
-                for start, stop in split(samples, self._microbatches):
-                    made = self._forward(self._receive(batch, start, stop))
-                    if self._stage.last:
-                        judge(made, gradient.portion(self._job, batch, start, stop))
+                for action in actions:
+                    made = self._stage_on(action.chunk, self._given(action, batch, ranges))
+                    if self._chunks[action.chunk].last:
+                        judge(made, gradient.portion(self._job, batch, *ranges[action.microbatch]))
                     else:
-                        sends += wire.send(self._group, made, self._group.rank + 1)
+                        self._send(action, made)
         finally:
-            self._stage.train()
-        for handle in sends:
-            handle.wait()
+            for chunk in self._chunks:
+                chunk.train()
+        self._wire.flush()
 
-    def _receive(self, batch: Batch, start: int, stop: int) -> Any:
-        if self._stage.first:
-            return gradient.placed(self._job, gradient.rows(batch.inputs, start, stop), self._device)
-        return wire.receive(self._group, self._group.rank - 1, self._device)
+    def _work(self, microbatches: int, *, training: bool) -> Work:
+        return _work(self._schedule, self._line.rank, self._line.size, microbatches, len(self._chunks), training)
 
-    def _forward(self, given: Any) -> Any:
-        if not self._stage.first:
-            # A copy, because the user's first layer may work in place, which autograd forbids on what we keep.
-            copies = tuple(part.clone() if part.requires_grad else part for part in wire.tensors(given))
-            given = copies[0] if isinstance(given, Tensor) else copies
+    def _forward(self, action: Action, batch: Batch, ranges: Sequence[tuple[int, int]], *, again: bool) -> _Flying:
+        stage = self._chunks[action.chunk]
+        micro = gradient.portion(self._job, batch, *ranges[action.microbatch]) if stage.last else None
+
+        def run(given: Any) -> Any:
+            made = self._stage_on(action.chunk, given)
+            if micro is None:
+                return made
+            # The mean over nothing is not a number: where nothing counts there is no loss.
+            return gradient.loss_sum(self._job, made, micro) if micro.count else None
+
+        given = self._given(action, batch, ranges)
+        each = _Flying(Passage(run, stage, self._deferral, again=again))
+        if not stage.first:
+            each.given = kind_of(given)
+        made = each.passage.forward(given)
+        if micro is None:
+            self._send(action, made)
+        else:
+            each.loss, each.count = None if made is None else made.detach(), micro.count
+        return each
+
+    def _stage_on(self, chunk: int, given: Any) -> Any:
         with gradient.autocast(self._job, self._device):
-            return self._stage(given)
+            return self._chunks[chunk](given)
 
-    def _loss(self, output: Any, micro: Batch) -> Tensor | None:
-        """The loss sum; None where nothing counts, for the mean over nothing is not a number."""
-        return gradient.loss_sum(self._job, output, micro) if micro.count else None
+    def _backward(self, action: Action, each: _Flying) -> None:
+        parcel = needed(action, self._line.rank, self._line.size, len(self._chunks))
+        gradients = () if parcel is None else self._wire.receive(parcel)
+        each.passage.backward(gradients, hurried=action.kind == "I")
+        back = target(action, self._line.rank, self._line.size, len(self._chunks))
+        if back is not None:
+            assert each.given is not None
+            self._wire.send_gradients(each.passage.gradients, each.given, back)
 
-    def _backward(self, made: Any) -> None:
-        if self._stage.last:
-            if made is not None:
-                torch.autograd.backward(made)
-            return
-        wanted = [part for part in wire.tensors(made) if part.requires_grad]
-        backward(wanted, wire.receive_gradients(self._group, wanted, self._group.rank + 1))
+    def _given(self, action: Action, batch: Batch, ranges: Sequence[tuple[int, int]]) -> Any:
+        parcel = needed(action, self._line.rank, self._line.size, len(self._chunks))
+        if parcel is not None:
+            return self._wire.receive(parcel)
+        start, stop = ranges[action.microbatch]
+        inputs = gradient.placed(self._job, gradient.rows(batch.inputs, start, stop), self._device)
+        # .data: to autograd, a layer that works in place on one microbatch would change all slices of the batch.
+        return mapped(lambda tensor: tensor.data, inputs)
+
+    def _send(self, action: Action, made: Any) -> None:
+        parcel = target(action, self._line.rank, self._line.size, len(self._chunks))
+        assert parcel is not None
+        self._wire.send(made, parcel)
+
+
+@lru_cache(maxsize=64)
+def _work(schedule: Schedule, rank: int, stages: int, microbatches: int, chunks: int, training: bool) -> Work:
+    """What a rank does, and what comes to it from each of the others."""
+    orders = [order(schedule, each, stages, microbatches, chunks) for each in range(stages)]
+    if not training:
+        orders = [[action for action in actions if action.kind == "F"] for actions in orders]
+    return orders[rank], arrivals(orders, rank, chunks)
+
+
+class _Flying:
+    """A microbatch between its forward and its backward."""
+
+    def __init__(self, passage: Passage) -> None:
+        self.passage = passage
+        self.given: Kind | None = None
+        self.loss: Tensor | None = None
+        self.count = 0

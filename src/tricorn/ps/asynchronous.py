@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tricorn.control.intervals import Intervals
 from tricorn.errors import ProtocolError
+from tricorn.optim import SGD
 from tricorn.ps.blocks import Block, UnknownDigest
 from tricorn.ps.consistency import Clocks, row_bound
 from tricorn.ps.drift import Sent
+from tricorn.ps.memory import SMALLEST
 from tricorn.ps.modes import Mode, Outlet
 from tricorn.ps.table import Gradients, Table
 from tricorn.ps.wire import ANY_AGE, DUPLICATE, IN_PLACE, PEEK, REFUSED, Header, Op
+
+if TYPE_CHECKING:
+    from tricorn.ps.hot import Served, Slice
+
+_HOT = 32  # requests: the machine code has to be loaded
+_MAX_PAIRS = 64  # intervals of applied steps
 
 
 class Asynchronous(Mode):
@@ -34,6 +44,13 @@ class Asynchronous(Mode):
         self._clocks = Clocks()
         self._sent: dict[int, Sent] = {}  # by rank, for delay compensation
         self._due: dict[int, tuple[Header, list[Block], int]] = {}  # by rank, what is read after its push, and flags
+        self._plain = self._bound is None and description.stale == "keep" and _simple(table)
+        self._asked: Counter[int] = Counter()  # by rank, PUSH_PULLs since it has connected
+        self._slice: Slice | None = None
+
+    def greet(self, rank: int) -> None:
+        super().greet(rank)
+        self._asked[rank] = 0
 
     def steps(self) -> list[int]:
         return [self._generation]
@@ -107,7 +124,28 @@ class Asynchronous(Mode):
         self._check_readable(request)
         lists = self._blocks(rank, payload, self._dense_size(request), True, *[False] * (not in_place))
         flags = self._take(rank, request, payload, lists[0])
+        self._asked[rank] += 1
         self._due[rank] = request, [] if in_place else lists[1], flags
+
+    def is_hot(self, rank: int) -> bool:
+        """Whether ``serve`` is worth while: this worker has often asked, and applied steps are few intervals."""
+        return self._plain and self._asked[rank] >= _HOT and len(self.applied.pairs) <= _MAX_PAIRS
+
+    def serve(self, rank: int, serve: Callable[[Slice, int, Sequence[tuple[int, int]]], Served]) -> Served:
+        """Have that worker's requests served from the dense slice; ``serve`` gets it, the version, and all steps."""
+        if self._slice is None:
+            from tricorn.ps.hot import Slice
+
+            self._slice = Slice(self.table.weights_S, self.table.description.optimizer.lr)
+        self._outlet.before_update()
+        served = serve(self._slice, self.version, self.applied.pairs)
+        for step, age in zip(served.steps, served.ages, strict=True):
+            self.applied.add(step)
+            self.staleness[age] += 1
+            self.fresh.append(step)
+            self._clocks.push(rank)
+        self.version += len(served.log)
+        return served
 
     def _take(self, rank: int, request: Header, payload: memoryview, blocks: Sequence[Block]) -> int:
         """Apply a push unless it is applied, or too old; returns the flags of the answer."""
@@ -161,3 +199,10 @@ class Asynchronous(Mode):
         """Raise UnknownDigest for a read in place where gradients are compared with what was read."""
         if self.table.description.stale == "compensate" and request.flags & IN_PLACE:
             raise UnknownDigest
+
+
+def _simple(table: Table) -> bool:
+    """Whether there is nothing but a small slice that plain SGD changes."""
+    description, optimizer = table.description, table.description.optimizer
+    plain = isinstance(optimizer, SGD) and not optimizer.momentum and not optimizer.weight_decay
+    return plain and not table.sparse and 0 < description.bytes < SMALLEST

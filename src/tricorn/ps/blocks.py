@@ -42,7 +42,7 @@ Ids = NDArray[np.int64]
 
 
 class Block(NamedTuple):
-    """One table's part of a payload that has arrived; views of the payload, or of ids that were kept."""
+    """One table's part of a payload that has arrived; its rows lie in the payload."""
 
     ids_U: Ids
     rows: memoryview  # U x D, encoded; empty in a request to read
@@ -152,9 +152,9 @@ def _read_list(reader: _Reader, specs: Sequence[TableSpec], kept: Kept, *, rows:
             if found is not None and len(found) != count:
                 raise ProtocolError(f"a digest of {count} ids where {len(found)} were sent")
         else:
-            ids_U = np.frombuffer(reader.take(8 * count), np.int64)
+            ids_U = np.frombuffer(reader.take(8 * count), np.int64).copy()  # a worker may write to its memory
             if flags == KEEP:
-                kept.keep(table, digest, ids_U.copy())
+                kept.keep(table, digest, ids_U)
         itemsize = 8 if spec.dtype == "float64" else 4
         size = encoded_size(encoding, count * spec.dim, itemsize) if rows else 0
         blocks.append(Block(ids_U, reader.take(size), encoding))

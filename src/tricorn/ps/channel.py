@@ -32,6 +32,10 @@ class Channel(Protocol):
     def lend(self, count: int) -> memoryview | None:
         """The next bytes where they lie, until the next call; None if they are not all there in one part."""
 
+    @property
+    def between(self) -> bool:
+        """Whether nothing is here that has not been taken."""
+
     def write(self, parts: Sequence[memoryview]) -> int:
         """Send what can be sent now; returns how many bytes. Raises OSError."""
 
@@ -63,6 +67,16 @@ class StreamChannel:
             self._ahead = self._buffer[: self._receive(self._buffer)]
         return not self._ahead
 
+    @property
+    def between(self) -> bool:
+        return not self._ahead
+
+    def put_back(self, data: memoryview) -> None:
+        """All that has come was read by somebody else, of whom these bytes are left."""
+        self._buffer[: len(data)] = data
+        self._ahead = self._buffer[: len(data)]
+        self._ready = False  # the selector tells of more
+
     def lend(self, count: int) -> memoryview | None:
         return None  # the buffer is used again, and what lies in it is not aligned
 
@@ -92,6 +106,7 @@ class TlsChannel(StreamChannel):
     """What is encrypted is read until no more comes: the library may hold bytes that the selector does not know of."""
 
     sock: SSLSocket
+    between = False  # the library may hold some, and nobody else can read what it reads
 
     def write(self, parts: Sequence[memoryview]) -> int:
         sent = 0
@@ -130,7 +145,7 @@ class SharedChannel:
     def read_into(self, view: memoryview) -> int:
         got = self.side.reader.read_into(view)
         if self.side.reader.rung:
-            self._wake()
+            self.wake()
         if not got and self._gone:
             raise EOFError
         return got
@@ -140,20 +155,25 @@ class SharedChannel:
             raise EOFError
         return True
 
+    @property
+    def between(self) -> bool:
+        return self.side.reader.between
+
     def lend(self, count: int) -> memoryview | None:
         return self.side.reader.lend(count)
 
     def write(self, parts: Sequence[memoryview]) -> int:
         sent = self.side.writer.write(parts)
         if self.side.writer.rung:
-            self._wake()
+            self.wake()
         return sent
 
     def close(self) -> None:
         self.sock.close()
         self.side.close()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Send the worker the byte that it is owed, if it is."""
         if self.side.owes():
             with suppress(BlockingIOError):  # it has not read so many bytes that it will wake anyhow
                 self.sock.send(b"\0")

@@ -227,7 +227,10 @@ class Client:
         factor: float,
     ) -> tuple[Pushed, list[int]]:
         """``push``, then ``pull``, in one round trip."""
-        pushed = self.ask_push_pull(step, bases, gradient_N, rows, weights_N, wanted, factor=factor).pushed()
+        self.finish_reading()
+        headers = _push_headers(Op.PUSH_PULL, step, bases, factor, any_age=False)
+        self._wire.send_push_pull(headers, gradient_N, rows, wanted)
+        pushed = _pushed(self._wire.receive_push_pull(headers, gradient_N, rows, weights_N, wanted))
         return pushed, pushed.versions
 
     def ask_push_pull(
@@ -314,7 +317,7 @@ class Client:
 
 
 def _push_headers(op: Op, step: int, bases: Sequence[int], factor: float, any_age: bool) -> list[Header]:
-    return [Header(op, step=step, version=base, flags=ANY_AGE * any_age, numbers=(factor,)) for base in bases]
+    return [Header(op, step, base, ANY_AGE * any_age, (factor,)) for base in bases]
 
 
 def _pushed(replies: Sequence[Header]) -> Pushed:

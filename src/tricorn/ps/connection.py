@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from ssl import SSLContext, SSLSocket
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,7 +19,10 @@ from tricorn.ps.memory import SMALLEST
 from tricorn.ps.ring import SIZE, Side
 from tricorn.ps.service import Conversation, discard
 from tricorn.ps.transport import REFUSED, SHARED
-from tricorn.ps.wire import PROTOCOL, Header, Op, encode_error, unsent
+from tricorn.ps.wire import HEADER, PROTOCOL, Header, Op, encode_error, unsent
+
+if TYPE_CHECKING:
+    from tricorn.ps.hot import Served, Slice
 
 _MAX_UNSENT = 8  # parts of replies beyond which no further request is read
 _READS = 32  # in a row, before other connections have their turn
@@ -65,6 +68,7 @@ class Connection:
         self._listening = False  # whether the end of who waits would be noticed
         self._outbox: deque[memoryview] = deque()
         self._unsent = 0  # bytes of it
+        self._lent = 0  # bytes that were read where they lie, and not counted yet
 
     def begin(self, conversation: Conversation) -> None:
         self._conversation = conversation
@@ -84,6 +88,31 @@ class Connection:
     @property
     def writing(self) -> bool:
         return bool(self._outbox)
+
+    @property
+    def between(self) -> bool:
+        """Whether all replies are sent, and as many bytes are wanted as a header has, none of which is read."""
+        wanted = self._wanted
+        return wanted is not None and len(wanted) == HEADER.size and not self._outbox and self._channel.between
+
+    def serve(
+        self, work: tuple[Slice, int, Sequence[tuple[int, int]]], others: int, patience: tuple[int, int, int]
+    ) -> Served:
+        """Have dense requests served as long as they come soon and nothing is to be read from ``others``.
+
+        ``patience``: turns of spinning and yielding where memory is shared, and milliseconds where it is not.
+        """
+        dense, version, applied = work
+        *turns, milliseconds = patience
+        if isinstance(self._channel, SharedChannel):
+            served = dense.serve_ring(self._channel.side, version, applied, *turns)
+            self._channel.wake()
+        else:
+            assert isinstance(self._channel, StreamChannel)
+            served, left, late = dense.serve_socket(self.sock.fileno(), others, version, applied, milliseconds)
+            self._channel.put_back(left)
+            self.queue([memoryview(bytes(late))])
+        return served
 
     @property
     def side(self) -> Side | None:
@@ -110,6 +139,7 @@ class Connection:
             if not len(wanted):
                 wanted = next(self._conversation)
             elif len(wanted) >= SMALLEST and (lent := self._channel.lend(len(wanted))):
+                self._lent += len(lent)
                 wanted = self._conversation.send(lent)
             else:
                 break
@@ -117,6 +147,11 @@ class Connection:
 
     def receive(self) -> int:
         """Take what has arrived; returns how many bytes. Raises EOFError at the end, OSError, TricornError."""
+        total = self._receive() + self._lent
+        self._lent = 0
+        return total
+
+    def _receive(self) -> int:
         total = 0
         for _ in range(_READS):
             if self._wanted is None:

@@ -32,8 +32,7 @@ class Sent:
         """Rows that were read for the push of that clock; ``table``: where its weights were read as well."""
         if table is not None:
             self._weights_S = table.weights_S.clone()
-        # Ids lie in a payload, whose place the next one takes.
-        self._reads = [*self._reads, (clock, [(ids_U.copy(), rows_UD) for ids_U, rows_UD in rows])][-_READS:]
+        self._reads = [*self._reads, (clock, rows)][-_READS:]
 
     def compensate(self, gradients: Gradients, table: Table, clock: int) -> None:
         """Correct the gradients that are pushed at that clock, in place; rows that were not read stay as they are."""

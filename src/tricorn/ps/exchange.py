@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from tricorn.errors import PeerLost, ProtocolError
 from tricorn.ps.blocks import ENCODINGS, Writer, aligned, codec_of
+from tricorn.ps.memory import SMALLEST
 from tricorn.ps.placement import bucket_stops
 from tricorn.ps.rows import RowGradients, Rows, Wanted
 from tricorn.ps.transport import Transport
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tricorn.ps.sparse.spec import TableSpec
 
 Slice = tuple[int, int]
+_VIEWS = 64
 
 
 class Exchange:
@@ -40,6 +42,7 @@ class Exchange:
         self._encoding = ENCODINGS.index(compress)
         self._feedback = feedback
         self._whole: set[int] = set()  # servers whose memory cannot be read in place after all
+        self._views: dict[tuple[int, int, dtype], memoryview] = {}  # of small tensors, by address, elements and type
 
     def ask(self, headers: Sequence[Header], *expected: Op) -> list[Header]:
         """Send a request without payload to each server; returns the replies."""
@@ -72,8 +75,9 @@ class Exchange:
         self, headers: Sequence[Header], gradient_N: Tensor, rows: Sequence[RowGradients], wanted: Sequence[Wanted]
     ) -> None:
         """Push and pull in one request to each server; the gradients may be needed again until it is answered."""
-        self.rows.check(rows)
-        self.rows.check(wanted)
+        if rows or wanted:
+            self.rows.check(rows)
+            self.rows.check(wanted)
         with lost_peers():
             for index, header in enumerate(headers):
                 self._send_push(index, header, gradient_N, rows, wanted)
@@ -112,8 +116,18 @@ class Exchange:
 
     def part(self, flat_N: Tensor, index: int) -> memoryview:
         """What of a flat tensor is that server's."""
-        start, stop = self.slices[index]
-        return as_bytes(flat_N if len(self.slices) == 1 else flat_N[start:stop])
+        if len(self.slices) > 1:
+            start, stop = self.slices[index]
+            flat_N = flat_N[start:stop]
+        key = flat_N.data_ptr(), flat_N.numel(), flat_N.dtype
+        if (known := self._views.get(key)) is not None:
+            return known
+        view = as_bytes(flat_N)
+        if len(view) < SMALLEST:  # to make a view takes longer than to copy it, and it keeps the memory
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            self._views[key] = view
+        return view
 
     def _send_push(
         self,
@@ -125,6 +139,12 @@ class Exchange:
     ) -> None:
         """``wanted``: the rows that a PUSH_PULL reads."""
         in_place = self._in_place(index)
+        if not (rows or wanted or self._encoding):
+            op, step, version, flags, numbers, _ = header
+            if in_place and op == Op.PUSH_PULL:
+                flags |= IN_PLACE
+            self.servers[index].send(Header(op, step, version, flags, numbers), (self.part(gradient_N, index),))
+            return
         asks = header.op == Op.PUSH_PULL and not in_place and bool(rows or wanted)
         flags = header.flags | self._encoding << ENCODING_SHIFT
         if header.op == Op.PUSH_PULL and in_place:
@@ -179,17 +199,19 @@ class Exchange:
             self._receive_parts(index, reply, weights_N, wanted)
 
     def _read_in_place(self, index: int, weights_N: Tensor | None, wanted: Sequence[Wanted]) -> None:
+        from tricorn.ps.streaming import copy
+
         place = self.servers[index].in_place
         assert place
         if weights_N is not None:
             part = self.part(weights_N, index)
-            part[:] = place.weights[: len(part)]  # a segment has a byte at least, and a slice may have none
-        for each, ids_V, rows_VD in self.rows.places(index, wanted):
+            copy(part, place.weights[: len(part)])  # a segment has a byte at least, and a slice may have none
+        for each, ids_V, rows_VD in self.rows.places(index, wanted) if wanted else ():
             place.gather(each.table, ids_V, rows_VD)
             self.rows.put(index, each, rows_VD)
 
     def _receive_parts(self, index: int, reply: Header, weights_N: Tensor | None, wanted: Sequence[Wanted]) -> None:
-        server, places = self.servers[index], [*self.rows.places(index, wanted)]
+        server, places = self.servers[index], [*self.rows.places(index, wanted)] if wanted else []
         parts = [self.part(weights_N, index)] if weights_N is not None else []
         length = sum(map(len, parts))
         for _, _, rows_VD in places:

@@ -68,9 +68,12 @@ class _Served:
 
 
 class Ahead(NamedTuple):
-    """What is foreseen of a batch: by table the look-ups in their order, and the rows to have read before forward."""
+    """What is foreseen of a batch: by table the look-ups in their order, and the rows to have read before forward.
 
-    tensors: list[Ids]
+    ``tensors`` are the whole numbers of each of its parts.
+    """
+
+    tensors: list[list[Ids]]
     served: list[list[_Served]]
     wanted: list[Wanted]
 
@@ -78,9 +81,13 @@ class Ahead(NamedTuple):
 class _Port:
     """One table in this worker's model."""
 
-    def __init__(self, index: int, table: RowTable, weight: Tensor, read: Callable[[list[Wanted]], object]) -> None:
+    def __init__(
+        self, index: int, table: RowTable, weight: Tensor, read: Callable[[list[Wanted]], object], *, bounded: bool
+    ) -> None:
         self.index = index
         self.table = table
+        self.here = True  # whether this worker has the module that looks up
+        self._bounded = bounded or table.prefilled
         self.dtype = weight.dtype
         self.padding_1D: Tensor | None = None
         if table.padding is not None:
@@ -94,14 +101,14 @@ class _Port:
     def begin(self, foreseen: list[_Served], *, learning: bool) -> None:
         self._learning = learning
         self._foreseen = foreseen
+        self._awaited = [*foreseen]
         self._served: list[_Served] = []
-        self._calls = 0
 
-    def foresee(self, tensors: Sequence[Ids]) -> list[_Served]:
+    def foresee(self, tensors: Sequence[Sequence[Ids]]) -> list[_Served]:
         """The look-ups that a batch will lead to, on one common reading; empty if that is not known."""
-        parts = [source.ids(tensors) if source else None for source in self._sources]
+        parts = [source.ids(part) if source else None for part in tensors for source in self._sources]
         known = [part for part in parts if part is not None]
-        if not known or len(known) < len(parts):
+        if not self.here or not known or len(known) < len(parts):
             return []
         ids_n = known[0] if len(known) == 1 else np.concatenate(known)
         reading = _Reading(ids_n, self)
@@ -119,13 +126,14 @@ class _Port:
         served = self._known(ids_n) or self._ask(ids_n)
         return served.reading.leaf(ids.device, self._learning), served.inverse_n.to(ids.device).view(ids.shape)
 
-    def learn(self, tensors: Sequence[Ids]) -> None:
-        """After a forward: find where its ids came from, if they were not foreseen."""
+    def learn(self, tensors: Sequence[Sequence[Ids]]) -> None:
+        """After the forwards of a batch's parts: find where their ids came from, if they were not foreseen."""
         if not self._learning or self._served == self._foreseen:
             return
         self._misses += bool(self._sources)
-        hopeless = self._misses > _MISSES
-        self._sources = [] if hopeless else [trace(served.ids_n, tensors) for served in self._served]
+        calls, rest = divmod(len(self._served), max(1, len(tensors)))
+        hopeless = self._misses > _MISSES or rest or not tensors
+        self._sources = [] if hopeless else [trace(served.ids_n, tensors[0]) for served in self._served[:calls]]
 
     def gradients(self) -> RowGradients | None:
         """The sums of the gradients of all look-ups since ``begin``, by id; None if there were none."""
@@ -146,24 +154,24 @@ class _Port:
         return RowGradients(self.index, ids_U, gradient_UD)
 
     def _known(self, ids_n: Ids) -> _Served | None:
-        """The look-up of these ids that was foreseen in this place, or one of the same ids that was answered before.
+        """The next look-up of these ids that was foreseen, or one of the same ids that was answered before.
 
         The latter also when activation checkpointing repeats a forward within the backward.
         """
-        call, self._calls = self._calls, self._calls + 1
-        if call < len(self._foreseen) and np.array_equal(self._foreseen[call].ids_n, ids_n):
-            served = self._foreseen[call]
-            served.reading.pending -= 1
-            self._served.append(served)
-            return served
+        for place, served in enumerate(self._awaited):
+            if np.array_equal(served.ids_n, ids_n):
+                del self._awaited[place]
+                served.reading.pending -= 1
+                self._served.append(served)
+                return served
         return next((served for served in self._served if np.array_equal(served.ids_n, ids_n)), None)
 
     def _ask(self, ids_n: Ids) -> _Served:
         reading = _Reading(ids_n, self)
         if (beyond := self._beyond(reading.ids_U)) is not None:
             raise IndexError(
-                f"id {beyond} is outside embedding {self.table.name!r}, which has {self.table.rows} rows; a table that "
-                "the job declares (tables=...) takes any id"
+                f"id {beyond} is outside embedding {self.table.name!r}, which has {self.table.rows} rows; on servers "
+                "(--strategy ps), a table that the job declares (tables=...) takes any id"
             )
         if len(reading.ids_U):
             self._read([self.wanted(reading)])
@@ -175,26 +183,45 @@ class _Port:
 
     def _beyond(self, ids_U: Tensor) -> int | None:
         """An id that the table can have no row of, if there is one."""
-        if not self.table.prefilled or not len(ids_U):
+        if not self._bounded or not len(ids_U):
             return None
         low, high = int(ids_U.min()), int(ids_U.max())
         return low if low < 0 else high if high >= self.table.rows else None
 
 
 class Lookups:
-    """All tables of one model. ``read(wanted)`` fills rows that were not foreseen, while forward waits."""
+    """All tables of one model. ``read(wanted)`` fills rows that were not foreseen, while forward waits.
 
-    def __init__(self, module: nn.Module, tables: Sequence[RowTable], read: Callable[[list[Wanted]], object]) -> None:
+    With ``bounded``, tables that the job declares have no other ids than the embedding has rows.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tables: Sequence[RowTable],
+        read: Callable[[list[Wanted]], object],
+        *,
+        bounded: bool = False,
+    ) -> None:
         self._ports = []
+        self._modules = []
         for index, table in enumerate(tables):
-            port = _Port(index, table, module.get_parameter(table.parameter), read)
+            port = _Port(index, table, module.get_parameter(table.parameter), read, bounded=bounded)
             self._ports.append(port)
-            replace(module.get_submodule(table.name), port)
-        self._tensors: list[Ids] = []
+            self._modules.append(module.get_submodule(table.name))
+            replace(self._modules[-1], port)
+        self._tensors: list[list[Ids]] = []
 
-    def ahead(self, inputs: Any) -> Ahead:
-        """What a batch will look up, as far as that is known."""
-        tensors = whole_numbers(inputs) if self._ports else []
+    def within(self, part: nn.Module) -> list[int]:
+        """Foresee only what that part of the model looks up; the numbers of its tables."""
+        there = {*part.modules()}
+        for port, module in zip(self._ports, self._modules, strict=True):
+            port.here = module in there
+        return [port.index for port in self._ports if port.here]
+
+    def ahead(self, *parts: Any) -> Ahead:
+        """What a batch will look up, as far as that is known. ``parts``: the inputs of each forward, in order."""
+        tensors = [whole_numbers(inputs) for inputs in parts] if self._ports else []
         served = [port.foresee(tensors) for port in self._ports]
         wanted = [port.wanted(found[0].reading) for port, found in zip(self._ports, served, strict=True) if found]
         return Ahead(tensors, served, wanted)

@@ -44,8 +44,9 @@ class _ByRows:
     def weight(self) -> Tensor:
         name = self.port.table.name
         raise PlanError(
-            f"the weight of embedding {name!r} is a table on the parameter servers, and no worker has it whole",
-            remedy="Use the embedding by ids only, or train it whole: give tables= without it, or --strategy dp.",
+            f"the weight of embedding {name!r} is a table on the parameter servers or spread over workers, and nobody "
+            "has it whole",
+            remedy="Use it by ids only, or train it whole: tables= without it, or --strategy dp --embeddings whole.",
         )
 
 

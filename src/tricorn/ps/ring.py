@@ -28,7 +28,7 @@ from tricorn.errors import ProtocolError
 from tricorn.ps import memory
 
 CAPACITY = 1 << 20  # bytes of each direction; a larger payload streams through
-MAX_RECORD = 1 << 17
+MAX_RECORD = 1 << 17  # bytes, with its descriptor
 _LINE = 64  # bytes; each word has a cache line of its own
 _START = 4096  # of the first ring; the words are before it
 _SPAN = CAPACITY + MAX_RECORD
@@ -36,7 +36,8 @@ SIZE = _START + 2 * _SPAN  # bytes of the segment that one worker and one server
 _MAX_SEGMENTS = 64
 _MAX_TICKET = 1024
 _RECORD = struct.Struct("<IIQQ")
-_BLOCKED = CAPACITY - _RECORD.size - MAX_RECORD  # bytes unread beyond which a writer may lack room for a record
+_MOST = MAX_RECORD - _RECORD.size  # bytes that one record says
+_BLOCKED = CAPACITY - MAX_RECORD  # bytes unread beyond which a writer may lack room for a record
 _INLINE, _SEGMENT, _PLACE = 1, 2, 3
 
 
@@ -49,16 +50,16 @@ class Writer:
     def __init__(self, segment: Segment, words_at: int, start: int, bell: int, *, refers: bool) -> None:
         self._refers = refers
         self.rung = False
-        self.tail_word = words_at + _LINE
-        self._head_word = words_at
-        self._bell = bell
+        self.words = self._head_word, self.tail_word = words_at, words_at + _LINE
+        self.bell = bell
+        self.ring = segment.array(np.uint8, start, _SPAN)
         self._ring = segment.memory[start : start + _SPAN]
-        self._head = self.tail = 0  # bytes written, and those of them known to be read
+        self.head = self.tail = 0  # bytes written, and those of them known to be read
         self._known: dict[int, int] = {}  # serial number of a segment: its number in this stream
 
     def write(self, parts: Sequence[memoryview]) -> int:
         """Write the parts end to end, as far as there is room; returns how many of their bytes."""
-        before, written, small = self._head, 0, []
+        before, written, small = self.head, 0, []
         for part in parts:
             if len(part) < memory.SMALLEST:
                 small.append(part)
@@ -75,14 +76,14 @@ class Writer:
                 break
         else:
             written += self._copy(small[0] if len(small) == 1 else b"".join(small))
-        if self._head != before:
-            self.rung |= publish(self._head_word, self._head, self._bell)
+        if self.head != before:
+            self.rung |= publish(self._head_word, self.head, self.bell)
         return written
 
     def _copy(self, part: memoryview | bytes) -> int:
         done = 0
         while done < len(part):
-            piece = part[done : done + MAX_RECORD] if len(part) > MAX_RECORD else part
+            piece = part[done : done + _MOST] if len(part) > _MOST else part
             if not self._put(_INLINE, 0, len(piece), 0, piece):
                 break
             done += len(piece)
@@ -103,14 +104,14 @@ class Writer:
 
     def _put(self, kind: int, number: int, length: int, offset: int, content: memoryview | bytes) -> bool:
         size = _RECORD.size + _aligned(len(content))
-        if self._head + size - self.tail > CAPACITY:
+        if self.head + size - self.tail > CAPACITY:
             self.tail = words.load(self.tail_word)
-            if self._head + size - self.tail > CAPACITY:
+            if self.head + size - self.tail > CAPACITY:
                 return False
-        at = self._head % CAPACITY
+        at = self.head % CAPACITY
         _RECORD.pack_into(self._ring, at, kind, number, length, offset)
         self._ring[at + _RECORD.size : at + _RECORD.size + len(content)] = content
-        self._head += size
+        self.head += size
         return True
 
 
@@ -119,9 +120,9 @@ class Reader:
 
     def __init__(self, segment: Segment, words_at: int, start: int, bell: int) -> None:
         self.rung = False
-        self.head_word = words_at
-        self._tail_word = words_at + _LINE
+        self.words = self.head_word, self._tail_word = words_at, words_at + _LINE
         self._bell = bell
+        self.ring = segment.array(np.uint8, start, _SPAN)
         self._ring = segment.memory[start : start + _SPAN]
         self.head = self._tail = 0  # bytes known to be written, and those of them read
         self._record = memoryview(b"")  # what is left of the present record
@@ -150,6 +151,23 @@ class Reader:
             done += len(piece)
         return done
 
+    @property
+    def between(self) -> bool:
+        """Whether all of the records that were begun is taken."""
+        return not self._record
+
+    def settle(self) -> int:
+        """Give back what is read, where no record is begun; returns how many bytes these are."""
+        if self._end > self._tail:
+            before, self._tail = self._tail, self._end
+            self.rung |= give_back(self._tail_word, self._tail, self._bell, self.head_word, before)
+        return self._tail
+
+    def go_on(self, tail: int) -> None:
+        """Up to here somebody else has read, and given back."""
+        self._tail = self._end = tail
+        self.head = max(self.head, tail)
+
     def close(self) -> None:
         for segment in self._segments.values():
             segment.close()
@@ -157,10 +175,7 @@ class Reader:
     def _more(self) -> bool:
         """Go on to the next record that has bytes, if there is one."""
         while not self._record:
-            if self._end > self._tail:
-                before, self._tail = self._tail, self._end
-                self.rung |= give_back(self._tail_word, self._tail, self._bell, self.head_word, before)
-            if self.head == self._tail:
+            if self.head == self.settle():
                 self.head = words.load(self.head_word)
                 if self.head == self._tail:
                     return False
@@ -173,7 +188,7 @@ class Reader:
         kind, number, length, offset = _RECORD.unpack_from(self._ring, at)
         inline = 0 if kind == _PLACE else length
         self._end = self._tail + _RECORD.size + _aligned(inline)
-        if inline > MAX_RECORD or not self._end <= self.head <= self._tail + CAPACITY:
+        if inline > _MOST or not self._end <= self.head <= self._tail + CAPACITY:
             raise ProtocolError("a ring in shared memory is broken")
         content = self._ring[at + _RECORD.size : at + _RECORD.size + inline]
         if kind == _INLINE:

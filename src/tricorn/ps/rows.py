@@ -97,7 +97,7 @@ class Rows:
                     f"than {MAX_IDS} rows or {MAX_ROWS >> 20} MiB",
                     remedy="Make the batch smaller, or give more workers.",
                 )
-        if len({table for table, _, _ in asked}) < len(asked):
+        if len(asked) > 1 and len({table for table, _, _ in asked}) < len(asked):
             raise UsageError("a request speaks of one table twice", remedy="Put the ids of a table into one list.")
 
     def write(

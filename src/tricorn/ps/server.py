@@ -27,7 +27,7 @@ from tricorn.ps.connection import Claim, Connection, handshake
 from tricorn.ps.meter import Meter
 from tricorn.ps.service import Beginning, Conversation, Service, discard
 from tricorn.ps.watch import READ, WRITE, Watch
-from tricorn.ps.wire import IN_PLACE, PROTOCOL, Header, Op
+from tricorn.ps.wire import HEADER, IN_PLACE, PROTOCOL, Header, Op
 from tricorn.state.shards import Piece
 
 MAX_STRANGERS = 64
@@ -190,6 +190,8 @@ class Server:
                 connection.arrived()
             if not events:
                 connection.advance()
+            elif connection.rank is not None and connection.between:
+                self._serve_hot(connection, connection.rank)
             self._meter.bytes_received += connection.receive()
             self._meter.bytes_sent += connection.flush()
         except (OSError, EOFError):
@@ -199,6 +201,17 @@ class Server:
         else:
             self._watch.adjust(connection)
         self._attended = None
+
+    def _serve_hot(self, connection: Connection, rank: int) -> None:
+        if not (mode := self._service.hot(rank)):
+            return
+        others, patience = self._watch.descriptor, self._watch.patience
+        served = mode.serve(rank, lambda *of_mode: connection.serve(of_mode, others, patience))
+        size = mode.table.description.bytes
+        self._meter.bytes_received += len(served.log) * (HEADER.size + size)
+        self._meter.bytes_sent += len(served.log) * (HEADER.size + (0 if connection.side else size))
+        for seconds in served.seconds:
+            self._meter.answered(seconds)
 
     # Coming and going.
 

@@ -18,7 +18,7 @@ from tricorn.ps import memory
 from tricorn.ps.asynchronous import Asynchronous
 from tricorn.ps.modes import Mode, Outlet
 from tricorn.ps.synchronous import Synchronous
-from tricorn.ps.table import Table, read_description
+from tricorn.ps.table import Table, difference, read_description
 from tricorn.ps.wire import HEADER, MAX_DOCUMENT, WANTED, Header, Op, as_bytes
 
 Conversation = Generator[memoryview | None, memoryview | None, None]
@@ -59,6 +59,7 @@ class Service:
         self._barriers = 0  # that all have passed
         self._at_barrier: set[int] = set()
         self._left: set[int] = set()  # ranks that were here in this epoch
+        self._between: set[int] = set()  # ranks whose next request has not begun
         self._open = False  # whether rank 0 of this epoch has said what is held
 
     def regroup(self) -> list[int]:
@@ -150,9 +151,15 @@ class Service:
         tickets = tuple(sparse.ticket for sparse in table.sparse)
         return msgspec.json.encode(Places(weights=memory.ticket(table.weights_S), tables=tickets))
 
+    def hot(self, rank: int) -> Asynchronous | None:
+        """The mode, where what that worker asks next may be answered in machine code (hot.py)."""
+        mode = self._mode if self._open and rank in self._between else None
+        return mode if isinstance(mode, Asynchronous) and mode.is_hot(rank) else None
+
     def leave(self, rank: int) -> None:
         """The worker of that rank is gone."""
         self.changed = True
+        self._between.discard(rank)
         self._at_barrier.discard(rank)
         self._left.add(rank)
         if self._mode:
@@ -164,7 +171,9 @@ class Service:
         greeted: Mode | None = None
         self._left.discard(rank)
         while True:
+            self._between.add(rank)
             yield header
+            self._between.discard(rank)
             request = Header.unpack(header)
             if request.op not in _REQUESTS:
                 raise ProtocolError(f"there is no request of kind {request.op}")
@@ -218,8 +227,8 @@ class Service:
         room = memoryview(bytearray(request.length))
         description = read_description(bytes((yield room) or room))
         if self._mode:
-            if description != self._mode.table.description:
-                raise ProtocolError("the tables are not those that this server holds")
+            if other := difference(self._mode.table.description, description):
+                raise ProtocolError(other)
         else:
             assert self.beginning
             _, step, source, checkpoint, *_ = self.beginning

@@ -83,6 +83,24 @@ def read_description(document: bytes | bytearray) -> Description:
     return description
 
 
+def difference(held: Description, given: Description) -> str | None:
+    """The first thing that a worker declares differently than a server holds it, in words."""
+    for name in Description.__struct_fields__:
+        own, other = getattr(held, name), getattr(given, name)
+        if own == other:
+            continue
+        if isinstance(own, tuple) and isinstance(other, tuple) and {*own} != {*other}:
+            own, other = ([each for each in one if each not in rest] for one, rest in ((own, other), (other, own)))
+        what = {"tables": "dense parameters", "sparse": "sparse tables"}.get(name, name)
+        return f"{what} {_shown(other)} are not those that this server holds: {_shown(own)}"
+    return None
+
+
+def _shown(value: object) -> str:
+    text = "(none)" if value == [] else str(value)
+    return text if len(text) <= 150 else f"{text[:149]}…"
+
+
 def _mistakes(description: Description) -> list[str]:
     found = []
     for spec in description.sparse:
@@ -109,8 +127,14 @@ class Gradients(NamedTuple):
         return [self.dense_S, *(grads_UD.flatten() for _, grads_UD in self.rows)]
 
     def check_finite(self, step: int, names: Sequence[str]) -> None:
-        """Raise Diverged if a number is not finite; ``names`` are those of the sparse tables."""
-        for name, grad in zip(("the dense parameters", *names), self.flats(), strict=True):
+        """Raise Diverged if a number is not finite; ``names`` are those of the sparse tables.
+
+        A single sparse table is left to judge by itself, which it does before it changes anything.
+        """
+        judged = [("the dense parameters", self.dense_S)]
+        if len(names) > 1:
+            judged += zip(names, self.flats()[1:], strict=True)
+        for name, grad in judged:
             # A sum is not finite if an element is not, and takes half the time; it may also just be too large.
             if not math.isfinite(grad.sum().item()) and not torch.isfinite(grad).all():
                 raise Diverged(f"the gradient of {name} is not finite in step {step}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from tricorn.ps.client import Ack
 from tricorn.ps.lookup import Ahead
 from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.versions import Versions, foresees
 from tricorn.ps.worker import Worker
 from tricorn.state.gradient import check_finite, clip_factor, squared_norm
 from tricorn.state.shards import Piece
@@ -31,13 +32,8 @@ class BspTrainer(Worker):
         self.part = "buffers" if context.rank == 0 and next(self._flat.module.buffers(), None) is not None else None
         self._step: int | None = None  # the step that the buffers belong to: all before it are decided
         self._buffers_before: tuple[int, list[Tensor]] = (-1, [])  # a step, and the buffers it began with
-        self._pulled = -1  # the version of the weights here
-        self._rates = (1.0, 1.0)  # clipping's and the schedule's, of the step decided last
-        plan = context.plan
-        # Rows that may be older than the step are read while the step before computes, if their bound allows it.
-        self._loose = bool(self._tables) and plan.sparse_consistency in ("ssp", "asp")
-        self.foresees = self._loose and (plan.sparse_consistency == "asp" or plan.staleness > 0)
-        self._reading: tuple[Ahead, Reading] | None = None  # rows that were asked for in the step before
+        self._versions: Versions | None = None  # of this membership epoch
+        self.foresees = bool(self._tables) and foresees(context.plan)
 
     def held(self) -> int | None:
         """The step of the buffers that only rank 0 has, if the model has any.
@@ -56,7 +52,7 @@ class BspTrainer(Worker):
             for buffer, before in zip(self._flat.module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         # A step that is decided but not applied everywhere is applied by this pull.
-        self._pulled = -1
+        self._versions = Versions(self._context.plan, self._client, self._weights_N, seat.step)
         if ack := self._client.status(seat.step - 1):
             self._decided(seat.step - 1, ack)
         self._step = seat.step
@@ -69,11 +65,9 @@ class BspTrainer(Worker):
         assert step == self._step
         self._buffers_before = (step, [buffer.clone() for buffer in self._flat.module.buffers()])
         ahead = self._ahead(step, batch)
-        bases = None
-        if self._loose:
-            bases = self._read_loosely(ahead)
-        else:
-            self._pull(ahead.wanted)
+        assert self._versions
+        bases = self._versions.fetch(ahead, self._foreseen.values())
+        self._flat.weights_N.copy_(self._weights_N)
         loss_sum, rows = self._gradient(batch, ahead)
         status = (loss_sum, batch.count, batch.samples, *wishes)
         with self._pushing():
@@ -96,28 +90,15 @@ class BspTrainer(Worker):
 
     def _decided(self, step: int, ack: Ack) -> None:
         check_finite(step, Outcome.of(ack.status))
-        self._rates = clip_factor(self._job, ack.squared_norm), self._factor(step)
+        assert self._versions
+        self._versions.decided(step + 1, (clip_factor(self._job, ack.squared_norm), self._factor(step)))
         self._step = step + 1
 
-    def _read_loosely(self, ahead: Ahead) -> list[int] | None:
-        """Have the rows of this step here, and ask for those of the next; returns the versions they were read from."""
-        asked, self._reading = self._reading, None
-        self._pull()
-        bases = asked[1].wait() if asked and asked[0] is ahead else self._read(ahead.wanted)
-        for following in self._foreseen.values():
-            if following.wanted:
-                self._reading = following, self._client.ask_rows(following.wanted, ahead=1)
-        return bases or None
-
-    def _pull(self, wanted: Sequence[Wanted] = ()) -> None:
-        """Have the weights of this step here, and the rows that are wanted."""
-        assert self._step is not None
-        if self._pulled == self._step and not wanted:
-            return
-        scale, factor = self._rates
-        self._client.pull_version(self._step, self._weights_N, wanted, scale=scale, factor=factor)
-        self._flat.weights_N.copy_(self._weights_N)
-        self._pulled = self._step
+    def _pull(self) -> None:
+        """Have the weights of this step here."""
+        assert self._versions
+        if self._versions.pull():
+            self._flat.weights_N.copy_(self._weights_N)
 
 
 class AsyncTrainer(Worker):

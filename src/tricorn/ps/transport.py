@@ -127,7 +127,11 @@ class TcpTransport:
             left = unsent(left, sent)
 
     def receive(self, *expected: Op) -> Header:
-        return judged(Header.unpack(self._take(HEADER.size)), expected, self.receive_into)
+        while (known := len(self._ahead)) < HEADER.size:
+            self._buffer[:known] = self._ahead
+            self._ahead = self._buffer[: known + self._read(self._buffer[known:])]
+        header, self._ahead = Header.unpack(self._ahead[: HEADER.size]), self._ahead[HEADER.size :]
+        return judged(header, expected, self.receive_into)
 
     def receive_into(self, view: memoryview) -> None:
         known = min(len(view), len(self._ahead))
@@ -142,17 +146,8 @@ class TcpTransport:
     def close(self) -> None:
         self._sock.close()
 
-    def _take(self, count: int) -> memoryview:
-        """The next few bytes, which lie in the buffer until more are read."""
-        while len(self._ahead) < count:
-            start = len(self._ahead)
-            self._buffer[:start] = self._ahead
-            self._ahead = self._buffer[: start + self._read(self._buffer[start:])]
-        taken, self._ahead = self._ahead[:count], self._ahead[count:]
-        return taken
-
     def _read(self, view: memoryview, flags: int = 0) -> int:
-        got = self._sock.recv_into(view, len(view), flags)
+        got = self._sock.recv_into(view, 0, flags)
         if not got:
             raise PeerLost("the server closed the connection")
         return got

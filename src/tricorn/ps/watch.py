@@ -14,6 +14,7 @@ from tricorn.ps.bells import Bells
 from tricorn.ps.connection import Connection
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+_MILLISECONDS = 5
 _SELECT_EVERY = 16  # turns of shared memory, so that those who come by sockets have theirs
 
 Ready = list[tuple[Any, int]]  # a connection, or what to call, and the events; WRITE also where the socket says nothing
@@ -21,7 +22,7 @@ Ready = list[tuple[Any, int]]  # a connection, or what to call, and the events; 
 
 class Watch:
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.EpollSelector()
         self._shared: list[Connection] = []  # those through shared memory
         self._bells = Bells()
         self._since_select = 0  # turns of shared memory
@@ -60,6 +61,16 @@ class Watch:
 
     def close(self) -> None:
         self._selector.close()
+
+    @property
+    def descriptor(self) -> int:
+        """Can be read while any of the sockets can."""
+        return self._selector.fileno()
+
+    @property
+    def patience(self) -> tuple[int, int, int]:
+        """How long one connection may be waited for alone: turns of shared memory, or milliseconds of a socket."""
+        return *self._bells.turns, 0 if self._bells.count else _MILLISECONDS
 
     def ready(self, going_on: Ready, patience: float | None) -> Ready:
         """Who has something to be attended to, besides ``going_on``; waits for it, at most ``patience`` seconds."""

@@ -32,6 +32,8 @@ REFUSED = 8  # likewise: too old, and not in the weights
 WANTED = 1  # flag of CREATED: the server waits for the initial weights
 ENCODING_SHIFT = 4  # of the dense gradient's encoding in the flags of PUSH and PUSH_PULL
 
+_NO_NUMBERS = (0.0,) * 6
+
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
 
 
@@ -70,13 +72,14 @@ class Header(NamedTuple):
     def pack(self, length: int | None = None) -> bytes:
         """The bytes of the header, with its own length of the payload or another."""
         op, step, version, flags, numbers, own = self
-        padded = numbers + (0.0,) * (6 - len(numbers))
-        return HEADER.pack(op, flags, step, version, *padded, own if length is None else length)
+        return HEADER.pack(
+            op, flags, step, version, *numbers, *_NO_NUMBERS[len(numbers) :], own if length is None else length
+        )
 
     @classmethod
     def unpack(cls, raw: bytes | bytearray | memoryview) -> Header:
-        op, flags, step, version, *numbers, length = HEADER.unpack(raw)
-        return cls(op, step, version, flags, tuple(numbers), length)
+        read = HEADER.unpack(raw)
+        return cls(read[0], read[2], read[3], read[1], read[4:10], read[10])
 
 
 class _Trouble(msgspec.Struct, frozen=True):

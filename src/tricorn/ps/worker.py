@@ -5,18 +5,16 @@ Legend: N elements of all dense parameters.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tricorn.ps.client import Client
+from tricorn.ps.declared import Declared, given_rows
 from tricorn.ps.lookup import Ahead, Lookups
-from tricorn.ps.placement import bucket_ranges, place
 from tricorn.ps.rows import RowGradients, Wanted
-from tricorn.ps.sparse.spec import TableSpec
-from tricorn.ps.table import Description
 from tricorn.state.flat import FlatParameters, device_of, model_without_rows
 from tricorn.state.gradient import forward_backward, judge_share
 from tricorn.state.rows import row_tables
@@ -25,6 +23,7 @@ from tricorn.strategy import Batch, Context, Seat
 
 if TYPE_CHECKING:
     from tricorn.comm.codecs import ErrorFeedback
+    from tricorn.ps.client import Client
 
 
 class Worker:
@@ -37,7 +36,7 @@ class Worker:
         self._job = context.job
         model = model_without_rows(context.job)
         self._tables = row_tables(context.job, model)
-        self._prefilled = self._given(model)
+        self._given = given_rows(model, self._tables)
         self._lookups = Lookups(model, self._tables, self._read)
         self._flat = FlatParameters(model, device_of(context.job))
         # The wire reads and writes CPU memory; on the CPU these are the flat tensors themselves.
@@ -47,6 +46,7 @@ class Worker:
         self._judging = False
         self._connected: Client | None = None
         self._sent_before = 0  # by the clients of earlier epochs
+        self.computed = 0.0
         self._foreseen: dict[int, Ahead] = {}  # the step to come, and meanwhile this one
         self._feedback = self._new_feedback()
 
@@ -71,19 +71,11 @@ class Worker:
         elif seat.source == "checkpoint":
             assert seat.checkpoint is not None
             self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
-        context, slices = self._context, place(self._flat.entries, len(seat.servers))
-        self._connected = client = Client(
-            seat.servers, slices, context.secret, rank=context.rank, incarnation=context.incarnation, epoch=seat.epoch,
-            tables=self._specs((0, 0)), compress=context.plan.compress, feedback=self._feedback,
-        )  # fmt: skip
-        client.connect()
-        if context.rank == 0:
-            descriptions = [
-                self._description(part, buckets)
-                for part, buckets in zip(slices, bucket_ranges(len(slices)), strict=True)
-            ]
-            client.create(descriptions, lambda: self._weights_N.copy_(self._flat.weights_N), self._prefilled)
-        self._prefilled = []  # the servers have them now
+        compress = self._context.plan.compress
+        declared = Declared(self._context, self._flat.entries, self._tables)
+        self._connected = client = declared.client(seat, compress=compress, feedback=self._feedback)
+        declared.connect(client, len(seat.servers), initial=self._initial, given=self._given)
+        self._given = []  # the servers have them now
         self._fresh = False
 
     def foresee(self, step: int, batch: Batch) -> None:
@@ -121,9 +113,11 @@ class Worker:
 
     def _gradient(self, batch: Batch, ahead: Ahead) -> tuple[float, list[RowGradients]]:
         """Fill ``_grads_N`` with the gradient sum of the batch; returns the loss sum and the gradient sums of rows."""
+        began = time.perf_counter()
         self._flat.grads_N.zero_()
         self._lookups.begin(ahead)
         loss_sum = forward_backward(self._job, self._flat.module, batch)
+        self.computed += time.perf_counter() - began
         self._grads_N.copy_(self._flat.grads_N)
         return loss_sum, self._lookups.end()
 
@@ -148,48 +142,15 @@ class Worker:
     def _begin_anew(self) -> None:
         self._feedback = self._new_feedback()
         anew = model_without_rows(self._job)
-        self._prefilled = self._given(anew)
+        self._given = given_rows(anew, self._tables)
         tables = {table.parameter for table in self._tables}
         state = {name: value for name, value in anew.state_dict().items() if name not in tables}
         self._flat.module.load_state_dict(state)
         for buffer, initial in zip(self._flat.module.buffers(), anew.buffers(), strict=True):
             buffer.copy_(initial)  # a state dict need not have them all
 
-    def _given(self, model: nn.Module) -> list[Tensor | None]:
-        """The rows that the model itself gives its tables, which rank 0 brings to the servers."""
-        if self._context.rank != 0:
-            return []
-        return [model.get_parameter(table.parameter).detach() if table.prefilled else None for table in self._tables]
-
-    def _description(self, part: tuple[int, int], buckets: tuple[int, int]) -> Description:
-        plan = self._context.plan
-        return Description(
-            tables=tuple((entry.name, entry.shape) for entry in self._flat.entries),
-            dtype="float64" if self._job.precision == "float64" else "float32",
-            start=part[0],
-            stop=part[1],
-            optimizer=self._job.optimizer,
-            consistency=plan.consistency,
-            staleness=plan.staleness,
-            sparse=self._specs(buckets),
-            sparse_consistency=plan.sparse_consistency,
-            stale=plan.stale,
-        )
-
-    def _specs(self, buckets: tuple[int, int]) -> tuple[TableSpec, ...]:
-        return tuple(
-            TableSpec(
-                name=table.name,
-                dim=table.dim,
-                dtype="float64" if self._job.precision == "float64" else "float32",
-                seed=self._job.seed,
-                declared=table.declared,
-                optimizer=table.optimizer,
-                buckets=buckets,
-                prefilled=table.rows if table.prefilled else 0,
-            )
-            for table in self._tables
-        )
+    def _initial(self) -> Tensor:
+        return self._weights_N.copy_(self._flat.weights_N)
 
     def _factor(self, step: int) -> float:
         """What the schedule makes of every optimizer's rate."""

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tricorn.report.compare import sentence
+from tricorn.report.picture import picture
 from tricorn.report.table import shown
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Progress:
         self._total, self._epochs = total_steps, epochs
         servers = f" and {_plural(plan.servers, 'server')}" if plan.servers else ""
         self._say(f"{plan.strategy} with {_plural(plan.workers, 'worker')}{servers}: {total_steps:,} steps")
+        if plan.dense == "mp" and plan.workers > 1:
+            self._say(picture(plan))
 
     def step(self, step: int, *, epoch: int, loss: float, samples_per_second: float) -> None:
         """``step`` updates are committed, the last one in ``epoch`` (from 0), with this mean loss in it so far."""
@@ -74,6 +78,8 @@ class Progress:
             f" ({summary['samples_per_second']:,.0f} samples/s)  loss {shown(summary['loss'])}"
             + _evaluation(summary["metrics"])
         )
+        if said := sentence(summary):
+            self._say(said)
         self._say(f"run: {summary['run']}")
 
     def close(self) -> None:

@@ -7,16 +7,19 @@ Legend: N elements of all trainable parameters together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tricorn.state.build import sparing
 from tricorn.state.rows import begin_rows
+from tricorn.state.runs import Runs, matches
 from tricorn.state.shards import CheckpointReader, Piece
+from tricorn.state.slabs import Slab, slab_of
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -27,12 +30,18 @@ WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16":
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a parameter lies in the flat tensors: elements [start, stop)."""
+    """Where a parameter, or the ``slab`` of it that is here, lies in the flat tensors: elements [start, stop)."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    slab: Slab | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the user's parameter."""
+        return self.slab.shape if self.slab else self.shape
 
 
 def layout(named: Iterable[tuple[str, Sequence[int]]]) -> tuple[Entry, ...]:
@@ -55,8 +64,9 @@ def build_model(job: Job) -> nn.Module:
 def model_without_rows(job: Job) -> nn.Module:
     """As ``build_model``, but the tables that the job declares have not the rows that they begin with."""
     torch.manual_seed(job.seed)
-    model: nn.Module = job.model()
-    return model.to(WEIGHT_DTYPES[job.precision]).train()
+    with sparing():
+        model: nn.Module = job.model()
+        return model.to(WEIGHT_DTYPES[job.precision]).train()
 
 
 def device_of(job: Job) -> torch.device:
@@ -88,7 +98,8 @@ class FlatParameters:
         self._place([(name, trained[name]) for name in names], self.weights_N.device)
 
     def _place(self, trained: Sequence[tuple[str, nn.Parameter]], device: torch.device) -> None:
-        self.entries = layout((name, p.shape) for name, p in trained)
+        laid = layout((name, p.shape) for name, p in trained)
+        self.entries = tuple(replace(entry, slab=slab_of(p)) for entry, (_, p) in zip(laid, trained, strict=True))
         dtype = trained[0][1].dtype if trained else torch.float32
         size = self.entries[-1].stop if trained else 0
         self.weights_N = torch.empty(size, dtype=dtype, device=device)
@@ -104,23 +115,27 @@ class FlatParameters:
         return buffer_pieces(self.module)
 
     def load_buffers(self, reader: CheckpointReader) -> None:
-        """Take the module's buffers from a checkpoint; one that it does not hold stays as it is.
-
-        Raises UsageError if one has another shape there.
-        """
+        """As the function of that name."""
         load_buffers(self.module, reader)
 
 
 class FlatState(FlatParameters):
-    """The whole state of a replica: weights, gradients and optimizer slots.
+    """The state of a module: weights, gradients and optimizer slots.
 
-    Each of ``slots`` has N elements, on the module's device; ``step`` is the number of updates in the weights.
+    Each of ``slots`` has N elements, on the module's device, or as many as there are in ``own``, the elements that
+    are updated here; ``step`` is the number of updates in the weights.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, device: torch.device, *, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """``share`` (i, n): what is updated here is part i of n equal parts, counted from 0."""
         super().__init__(module, device)
         self.optimizer = optimizer
-        self.slots = {slot: torch.zeros_like(self.weights_N) for slot in optimizer.slots}
+        size, (index, parts) = len(self.weights_N), share
+        self.bounds = [size * part // parts for part in range(parts + 1)]
+        self.own = slice(self.bounds[index], self.bounds[index + 1])
+        self.slots = {slot: torch.zeros_like(self.weights_N[self.own]) for slot in optimizer.slots}
         self.step = 0
 
     def arrange(self, names: Sequence[str]) -> None:
@@ -133,27 +148,28 @@ class FlatState(FlatParameters):
         }
 
     def update(self, *, lr: float) -> None:
-        """Apply the gradient in ``grads_N`` as the next update, and clear it."""
-        self.optimizer.update(self.weights_N, self.grads_N, self.slots, step=self.step + 1, lr=lr)
+        """Apply the gradient in ``grads_N`` as the next update of what is ``own``, and clear it."""
+        own = self.own
+        self.optimizer.update(self.weights_N[own], self.grads_N[own], self.slots, step=self.step + 1, lr=lr)
         self.step += 1
         self.grads_N.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All flat tensors that make up the state, by prefix: what a peer needs to hold the same state."""
-        return {"param": self.weights_N} | {f"optim/{slot}": t for slot, t in self.slots.items()}
+        """The flat tensors of what is ``own``, by prefix: what a peer needs to hold the same state."""
+        return {"param": self.weights_N[self.own]} | {f"optim/{slot}": t for slot, t in self.slots.items()}
 
     def pieces(self) -> list[Piece]:
-        """Copies of the whole state, ready to be written while training goes on."""
-        return flat_pieces(self.tensors(), self.entries) + self.buffer_pieces()
+        """Copies of what is ``own`` and of the buffers, ready to be written while training goes on."""
+        return flat_pieces(self.tensors(), self.entries, self.own.start, self.own.stop) + self.buffer_pieces()
 
     def load(self, reader: CheckpointReader) -> None:
         """Take the state from a checkpoint written under any strategy and any number of workers.
 
         Raises UsageError if it is that of a model with other shapes, CheckpointDamaged if a part is not there.
         """
-        for prefix, flat_N in self.tensors().items():
-            for entry in self.entries:
-                flat_N[entry.start : entry.stop] = reader.read_whole(f"{prefix}/{entry.name}", entry.shape)
+        fill(reader, {"param": self.weights_N}, self.entries)
+        slots = {f"optim/{slot}": flat for slot, flat in self.slots.items()}
+        fill(reader, slots, self.entries, self.own.start, self.own.stop)
         self.load_buffers(reader)
         self.step = reader.step
         self.grads_N.zero_()
@@ -162,8 +178,9 @@ class FlatState(FlatParameters):
 def buffer_pieces(module: nn.Module) -> list[Piece]:
     """Copies of the module's buffers."""
     return [
-        Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.numel(), buffer.detach().cpu().flatten().clone())
+        piece
         for name, buffer in module.named_buffers()
+        for piece in flat_pieces({"buffer": buffer.flatten()}, [_entry_of(name, buffer)])
     ]
 
 
@@ -174,7 +191,13 @@ def load_buffers(module: nn.Module, reader: CheckpointReader) -> None:
     """
     for name, buffer in module.named_buffers():
         if f"buffer/{name}" in reader:
-            buffer.copy_(reader.read_whole(f"buffer/{name}", buffer.shape).view(buffer.shape))
+            flat = buffer.flatten()
+            fill(reader, {"buffer": flat}, [_entry_of(name, buffer)])
+            buffer.copy_(flat.view(buffer.shape))
+
+
+def _entry_of(name: str, buffer: Tensor) -> Entry:
+    return Entry(name, tuple(buffer.shape), 0, buffer.numel(), slab_of(buffer))
 
 
 def flat_pieces(
@@ -184,23 +207,40 @@ def flat_pieces(
 
     ``flats`` maps a prefix to a tensor of ``stop - start`` elements.
     """
-    stop = entries[-1].stop if stop is None and entries else (stop or 0)
+    places = list(_places(entries, start, stop))
     found = []
     for prefix, flat in flats.items():
         copy = flat.detach().to("cpu", copy=True)
-        for entry in entries:
-            low, high = max(entry.start, start), min(entry.stop, stop)
-            if low < high:
-                found.append(
-                    Piece(
-                        f"{prefix}/{entry.name}",
-                        entry.shape,
-                        low - entry.start,
-                        high - entry.start,
-                        copy[low - start : high - start],
-                    )
-                )
+        for entry, there, here in places:
+            found.append(Piece.of(f"{prefix}/{entry.name}", entry.whole, there, here.of(copy).reshape(-1)))
     return found
+
+
+def fill(
+    reader: CheckpointReader,
+    flats: dict[str, Tensor],
+    entries: Sequence[Entry],
+    start: int = 0,
+    stop: int | None = None,
+) -> None:
+    """Take elements [start, stop) of the flat layout from a checkpoint; raises as ``CheckpointReader.read_part``.
+
+    ``flats`` maps a prefix to a contiguous tensor of ``stop - start`` elements.
+    """
+    places = list(_places(entries, start, stop))
+    for prefix, flat in flats.items():
+        for entry, there, here in places:
+            part = reader.read_part(f"{prefix}/{entry.name}", entry.whole, there)
+            here.of(flat).copy_(part.view(here.times, here.length))
+
+
+def _places(entries: Sequence[Entry], start: int, stop: int | None) -> Iterator[tuple[Entry, Runs, Runs]]:
+    """Where elements [start, stop) of the flat layout lie in the user's parameters, and where counted from start."""
+    for entry in entries:
+        low = max(entry.start, start)
+        high = entry.stop if stop is None else min(entry.stop, stop)
+        for there, here in matches(entry.slab, low - entry.start, high - entry.start):
+            yield entry, there, here._replace(start=here.start + entry.start - start)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

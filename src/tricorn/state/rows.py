@@ -15,6 +15,7 @@ from torch import nn
 
 from tricorn import table as tables
 from tricorn.errors import PlanError, UsageError
+from tricorn.state.build import sparing
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -49,7 +50,7 @@ def row_tables(job: Job, model: nn.Module) -> tuple[RowTable, ...]:
     Raises UsageError if the job names what is no embedding, PlanError if one cannot be a table.
     """
     embeddings = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    owners = weight_owners(model)
     if job.tables is None:
         chosen = {name: module for name, module in embeddings.items() if _pays(job, module, owners)}
     else:
@@ -61,7 +62,7 @@ def row_tables(job: Job, model: nn.Module) -> tuple[RowTable, ...]:
             )
         chosen = {name: module for name, module in embeddings.items() if name in job.tables}
         for name, module in chosen.items():
-            if reason := _unfit(module, owners):
+            if reason := unfit(module, owners):
                 raise PlanError(f"embedding {name!r} cannot be a table: {reason}", remedy="Or leave it out of tables.")
     for name, module in embeddings.items():
         if name not in (job.tables or {}) and module.weight.is_meta:
@@ -69,7 +70,7 @@ def row_tables(job: Job, model: nn.Module) -> tuple[RowTable, ...]:
                 f"embedding {name!r} is on the meta device and has no weights",
                 remedy=f"Declare it, tables={{{name!r}: tricorn.Table()}}, or build it with weights.",
             )
-    return tuple(_described(job, name, module) for name, module in chosen.items())
+    return tuple(described(job, name, module) for name, module in chosen.items())
 
 
 def begin_rows(job: Job, model: nn.Module) -> None:
@@ -78,7 +79,8 @@ def begin_rows(job: Job, model: nn.Module) -> None:
         if not table.prefilled:
             weight = model.get_parameter(table.parameter)
             if weight.is_meta:
-                weight = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype))
+                with sparing():
+                    weight = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype))
                 model.get_submodule(table.name).register_parameter("weight", weight)
             begin_table(job, table, weight.detach())
 
@@ -122,11 +124,17 @@ def _pays(job: Job, module: Embedding, owners: Counter[int]) -> bool:
         and "weight" in module._parameters
         and module.weight.numel() >= tables.LARGE
         and not module.weight.is_meta
-        and _unfit(module, owners) is None
+        and unfit(module, owners) is None
     )
 
 
-def _unfit(module: Embedding, owners: Counter[int]) -> str | None:
+def weight_owners(model: nn.Module) -> Counter[int]:
+    """How many modules refer to each parameter, by its id()."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
+
+
+def unfit(module: Embedding, owners: Counter[int]) -> str | None:
+    """Why the rows of an embedding cannot be apart from the model, None if they can."""
     if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
         return "its class has a forward of its own"
     if "weight" not in module._parameters:
@@ -142,7 +150,8 @@ def _unfit(module: Embedding, owners: Counter[int]) -> str | None:
     return None
 
 
-def _described(job: Job, name: str, module: Embedding) -> RowTable:
+def described(job: Job, name: str, module: Embedding) -> RowTable:
+    """An embedding of that name as a table, whether the job declares it or not."""
     declared = (job.tables or {}).get(name)
     return RowTable(
         name=name,

@@ -15,6 +15,7 @@ from tricorn.errors import CheckpointDamaged, UsageError
 from tricorn.state.flat import model_without_rows
 from tricorn.state.row_shards import read_rows
 from tricorn.state.rows import RowTable, begin_table, row_tables
+from tricorn.state.runs import Runs
 from tricorn.state.shards import CheckpointReader
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class _WholeRows(CheckpointReader):
         super().__init__(folder, step)
         self._job = job
         self._tables: dict[str, RowTable] = {}
-        if any(key.startswith("rows/") for key in self._slices):
+        if any(key.startswith("rows/") for key in self._stored):
             tables = row_tables(job, model_without_rows(job))
             self._tables = {table.parameter: table for table in tables if f"rows/{table.name}/ids" in self}
         self._newest: tuple[str, Tensor] = ("", torch.empty(0))  # slices of one tensor are mostly read in a row
@@ -43,13 +44,13 @@ class _WholeRows(CheckpointReader):
     def __contains__(self, key: str) -> bool:
         return super().__contains__(key) or self._table(key) is not None
 
-    def read_slice(self, key: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
+    def read_part(self, key: str, shape: Sequence[int], runs: Runs) -> Tensor:
         table = self._table(key)
         if table is None:
-            return super().read_slice(key, shape, start, stop)
+            return super().read_part(key, shape, runs)
         if self._newest[0] != key:
             self._newest = key, self._whole(table, "" if key.startswith("param/") else key.split("/")[1])
-        return self._newest[1][start:stop]
+        return runs.of(self._newest[1]).reshape(-1)
 
     def _table(self, key: str) -> RowTable | None:
         return self._tables.get(key.rpartition("/")[2])

@@ -11,6 +11,7 @@ from tricorn.strategy import LeasedTrainer, Wishes
 from tricorn.worker.loop import Loop, Regrouping
 
 AHEAD = 4  # steps a worker holds: the next one is there when one is done, and is known before
+TELL_SECONDS = 1.0  # from one word of what steps were spent on to the next
 REPORT_SECONDS = 0.02  # how long steps go unreported: a message for each of 200 a second costs a tenth of the machine
 MAX_UNREPORTED = 64
 
@@ -25,7 +26,7 @@ class LeasedLoop(Loop):
         credit = Credit()
         self.link.send(m.Want(epoch=epoch, steps=credit.ask(0)))
         losses: dict[int, float] = {}
-        reported = time.monotonic()
+        reported = told = time.monotonic()
         while True:
             if lent and not self.orders.waiting():
                 step = lent.popleft()
@@ -34,6 +35,9 @@ class LeasedLoop(Loop):
                 if now - reported > REPORT_SECONDS or len(lent) < 2 or len(losses) >= MAX_UNREPORTED:
                     reported = now
                     self._report(epoch, losses, credit)
+                    if now - told > TELL_SECONDS or not lent:
+                        told = now
+                        self.tell_spent(epoch, step)
                 continue
             if not self.orders.waiting():
                 trainer.idle()
@@ -49,9 +53,12 @@ class LeasedLoop(Loop):
 
     def _step(self, step: int, following: int | None) -> float:
         """Train on a step; returns its mean loss."""
+        self.spent.begin()
         samples, batch = self.take(step, following)
+        self.spent.loaded()
         self.seed(step)
         outcome = self.trainer.step(step, batch, samples, Wishes())
+        self.spent.end(self.trainer)
         return outcome.loss_sum / outcome.count if outcome.count else 0.0
 
     def _report(self, epoch: int, losses: dict[int, float], credit: Credit) -> None:

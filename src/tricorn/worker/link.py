@@ -20,6 +20,7 @@ from collections.abc import Callable
 from tricorn.comm.sockets import Address, connect
 from tricorn.control import messages as m
 from tricorn.errors import AuthenticationError, PeerLost, ProtocolError
+from tricorn.state.memory import peak_bytes
 
 CALL_AGAIN_SECONDS = 0.05
 PATIENCE_SECONDS = 60.0  # without a coordinator for so long, a role ends
@@ -119,7 +120,7 @@ class Link:
                 now = time.monotonic()
                 if now >= beat:
                     beat = now + self._beat_seconds
-                    sock.sendall(m.encode(m.Heartbeat(bytes_sent=self._bytes_sent())))
+                    sock.sendall(m.encode(m.Heartbeat(bytes_sent=self._bytes_sent(), peak_bytes=peak_bytes())))
                 for key, _ in selector.select(max(0.0, beat - now)):
                     if key.fileobj is sock:
                         chunk = sock.recv(1 << 16)
@@ -134,7 +135,7 @@ class Link:
 
     def _flush(self, sock: socket.socket) -> None:
         if self._outgoing:
-            sock.sendall(m.encode(m.Heartbeat(bytes_sent=self._bytes_sent())))
+            sock.sendall(m.encode(m.Heartbeat(bytes_sent=self._bytes_sent(), peak_bytes=peak_bytes())))
         while self._outgoing:
             sock.sendall(m.encode(self._outgoing[0]))
             self._outgoing.popleft()

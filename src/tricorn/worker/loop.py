@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from tricorn.control import messages as m
 from tricorn.errors import AuthenticationError, PeerLost
+from tricorn.state.gradient import seed_dropout
 from tricorn.strategy import Batch, Foreseeing, Seat, Wishes
 from tricorn.worker.evaluation import evaluate
+from tricorn.worker.spent import Spent
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -101,6 +101,7 @@ class Loop(ABC):
         self.steps_per_epoch = steps_per_epoch
         self.checkpoint_steps = checkpoint_steps
         self.address = address
+        self.spent = Spent()
         self._held: tuple[int, Batch] | None = None  # of the step that comes next
         self._evaluated: deque[m.Evaluated] = deque(maxlen=KEPT_EVALUATIONS)
 
@@ -114,7 +115,8 @@ class Loop(ABC):
                 self._ready(order.epoch)
             elif isinstance(order, m.Begin) and order.epoch == self.orders.epoch:
                 try:
-                    self.trainer.join(_seat(order))
+                    self.trainer.join(seat_of(order, self.trainer.part))
+                    self.spent.begin_epoch()
                     self.members_run(order)
                 except Regrouping:
                     pass  # the order to regroup is in the queue
@@ -155,10 +157,11 @@ class Loop(ABC):
 
     def seed(self, step: int) -> None:
         """Dropout and its like: the same whenever this rank runs this step."""
-        seed = (self.job.seed * 0x9E3779B1 + step * 0x85EBCA77 + self.rank) % (1 << 63)
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda._initialized:  # torch.manual_seed keeps a stack trace for when it will be: 0.3 ms
-            torch.cuda.manual_seed_all(seed)
+        seed_dropout(self.job, step, self.rank)
+
+    def tell_spent(self, epoch: int, step: int) -> None:
+        """Let the run know what the steps so far were spent on."""
+        self.link.send(m.Measured(epoch=epoch, step=step, what="seconds", values=self.spent.values()))
 
     def evaluate(self, epoch: int, step: int, start: int, stop: int) -> None:
         judge = evaluate(self.job, self.trainer, self.batches, start, stop, lambda: self.go_on(epoch))
@@ -167,8 +170,12 @@ class Loop(ABC):
         self.link.send(share)
 
 
-def _seat(begin: m.Begin) -> Seat:
+def seat_of(begin: m.Begin, part: str | None) -> Seat:
+    """The seat of a worker that holds this part of the state."""
+    source, peer = begin.source, 0
+    if source == "peer":
+        source, peer = ("peer", begin.peers[part]) if part in begin.peers else ("keep", 0)
     return Seat(
         epoch=begin.epoch, workers=tuple(begin.workers), servers=tuple(begin.servers), step=begin.step,
-        source=begin.source, peer=begin.peer, checkpoint=Path(begin.checkpoint) if begin.checkpoint else None,
+        source=source, peer=peer, checkpoint=Path(begin.checkpoint) if begin.checkpoint else None,
     )  # fmt: skip

@@ -47,6 +47,7 @@ class SynchronousLoop(Loop):
         if saved != step:
             self._save(epoch, step)
         self.saver.wait()
+        self.tell_spent(epoch, step)
         self.link.send(m.Finished(epoch=epoch, stopped=stopped, bytes_sent=self.trainer.bytes_sent))
 
     def _save(self, epoch: int, step: int) -> None:
@@ -57,9 +58,12 @@ class SynchronousLoop(Loop):
         """Run steps up to the next that all agree on; the step after it, and what they agreed."""
         first, expected = step, 0
         while True:
+            self.spent.begin()
             samples, batch = self.take(step, step + 1 if step + 1 < self.total_steps else None)
+            self.spent.loaded()
             self.seed(step)
             outcome = self.trainer.step(step, batch, samples, self.orders.take_wishes())
+            self.spent.end(self.trainer)
             step, expected = step + 1, expected + samples
             if outcome.agreed:
                 break

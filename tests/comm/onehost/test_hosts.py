@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import re
 import signal
 import time
@@ -21,7 +23,9 @@ from tricorn.errors import PeerLost
 from tricorn.testing.hosts import Host, RunningHost, hosts, hosts_unavailable
 
 SIZE = 4
+ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
 DETECTED = 5.0  # seconds on a loaded machine, against a timeout of 30
+SHORT = 3.0  # the timeout after which a host whose link is cut is lost
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +36,22 @@ def pair() -> Iterator[tuple[RunningHost, RunningHost]]:
         yield made
 
 
-def enter(spaces: list[str], rank: int, size: int, folder: Path) -> None:
+def enter(spaces: list[str], timeout: float, rank: int, size: int, folder: Path) -> None:
     """Go to the host of this rank and join the group."""
     with open(spaces[rank // 2]) as space:
         assert ctypes.CDLL(None).setns(space.fileno(), 0) == 0
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("tricorn", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group("tricorn", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
 
 
 @pytest.fixture
 def ranks(pair: tuple[RunningHost, RunningHost], start_ranks: Any, tmp_path: Path) -> Iterator[Any]:
-    spaces = [re.search(r"--net=(\S+)", " ".join(host.prefix))[1] for host in pair]
-    yield from start_ranks(SIZE, partial(enter, spaces), tmp_path)
+    yield from start_ranks(SIZE, partial(enter, spaces_of(pair), 30.0), tmp_path)
+
+
+def spaces_of(pair: tuple[RunningHost, RunningHost]) -> list[str]:
+    return [re.search(r"--net=(\S+)", " ".join(host.prefix))[1] for host in pair]
 
 
 def operations(_: None) -> None:
@@ -90,3 +97,47 @@ def test_two_hosts_of_two_ranks(ranks: Any, victim: int) -> None:
     said = [ranks.answer(rank) for rank in range(SIZE) if rank != victim]
     assert time.monotonic() - killed < DETECTED
     assert any(f"rank {victim % 2} died" in text for text in said)
+
+
+def endlessly_one(_: None, operation: str) -> str:
+    """Call one operation until it fails; how it failed."""
+    rank, x, parts = dist.get_rank(), torch.ones(200_000), [torch.ones(50_000) for _ in range(SIZE)]
+    calls = {
+        "small": lambda: dist.all_reduce(x[:8]),
+        "all_reduce": lambda: dist.all_reduce(x),
+        "broadcast": lambda: (dist.broadcast(x, 0), dist.broadcast(x, 3)),
+        "all_gather": lambda: dist.all_gather(parts, x[:50_000]),
+        "reduce_scatter": lambda: dist.reduce_scatter(x[:50_000], parts),
+        "all_to_all": lambda: dist.all_to_all_single(x, torch.ones(200_000)),
+        "message": lambda: (dist.isend(x, (rank + 2) % SIZE), dist.recv(torch.empty(200_000), (rank + 2) % SIZE)),
+    }
+    try:
+        while True:
+            calls[operation]()
+    except (PeerLost, RuntimeError) as error:
+        return str(error)
+
+
+OPERATIONS = ("all_reduce", "broadcast", "message", "small", "all_gather", "reduce_scatter", "all_to_all")
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_link_that_is_cut_in_the_midst_is_noticed_by_all(pair, start_ranks: Any, tmp_path: Path, seed: int) -> None:
+    chance, operation = random.Random(seed), OPERATIONS[seed % len(OPERATIONS)]
+    away = pair[chance.randrange(2)]
+    with contextlib.contextmanager(start_ranks)(SIZE, partial(enter, spaces_of(pair), SHORT), tmp_path) as ranks:
+        ranks.each(operations)
+        ranks.start(endlessly_one, operation)
+        until = time.monotonic() + chance.random() * 0.05
+        while time.monotonic() < until:
+            os.sched_yield()
+        away.cut()
+        cut = time.monotonic()
+        try:
+            said = [ranks.answer(rank) for rank in range(SIZE)]
+            assert time.monotonic() - cut < SHORT + DETECTED
+        finally:
+            away.join()
+    assert all(said)
+    if operation in ("small", "all_reduce", "broadcast"):  # the others are Gloo's, which names addresses
+        assert all(re.search(r"rank \d", text) for text in said), said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from select import select
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from tricorn.ps.sparse.store import SparseTable
 from tricorn.table import Table
 
 DIM = 4
+_MOST = 50_000  # updates
 
 # Every update takes 1 from all elements of a row, so what a row has lost is a whole number, and the row of another id
 # would be told by its first value. Elements of one row may differ: it may be read while it is written.
@@ -31,6 +33,7 @@ reader = RowReader(msgspec.json.decode(sys.stdin.readline(), type=Ticket))
 ids = np.arange(20_000)
 first = initial_rows(0, "e", ids, 1.0, 4, "float64")
 out, reads, highest = np.empty((len(ids), 4)), 0, 0
+reader.gather(ids, out)
 print("ready", flush=True)
 while True:
     reader.gather(ids, out)
@@ -39,6 +42,8 @@ while True:
     if wrong.any():
         sys.exit(f"no state of the table: {(first - out)[wrong][:9]}")
     reads, highest = reads + 1, max(highest, int(taken.max()))
+    if reads == 2:
+        print("reads", flush=True)
     if (out[-1] != first[-1]).all():  # the last id is given only at the end
         print(reads, highest, flush=True)
         break
@@ -52,23 +57,27 @@ def table_of(ttl: int | None = None) -> SparseTable:
 
 def test_another_process_reads_while_rows_come_change_and_go() -> None:
     table = table_of(ttl=4)
-    rounds = 300
-    script = READER.replace("TOP", str(rounds + 1))
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+    script = READER.replace("TOP", str(_MOST))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as reader:
         assert reader.stdin
         assert reader.stdout
         reader.stdin.write(msgspec.json.encode(table.ticket) + b"\n")
         reader.stdin.flush()
         assert reader.stdout.readline() == b"ready\n"
-        went, random = 0, np.random.default_rng(0)
-        for step in range(1, rounds + 1):
+        went, step, random = 0, 0, np.random.default_rng(0)
+        while step < 300 or not select([reader.stdout], [], [], 0)[0]:  # until it has read in the midst of this
+            step += 1
+            assert step < _MOST
             ids = random.choice(19_999, 2000, replace=False)
             table.update(ids, np.ones((len(ids), DIM)), step=step, lr=1.0)
             went += table.tick(step)
-        table.update(np.array([19_999]), np.ones((1, DIM)), step=rounds + 1, lr=1.0)
+        assert reader.stdout.readline() == b"reads\n"
+        table.update(np.array([19_999]), np.ones((1, DIM)), step=step + 1, lr=1.0)
         reads, highest = map(int, reader.stdout.readline().split())
     assert reader.returncode == 0
-    assert reads > 1
+    assert reads > 2
     assert highest >= 1
     assert went > 10_000
     table.close()

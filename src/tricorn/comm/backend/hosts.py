@@ -35,6 +35,7 @@ class Hosts:
         self._near = [peer for peer, host in enumerate(self._host_of) if host == self._host]
         self._rank = rank
         self._size = len(tickets)
+        self._far_leaders = [self._host_of.index(host) for host in range(len(hosts)) if host != self._host]
         self._barrier = torch.zeros(1)
         span = timedelta(seconds=timeout)
         self.gloo = gloo_group(PrefixStore("all/", store), rank, self._size, span)
@@ -92,7 +93,8 @@ class Hosts:
             raise
         except RuntimeError as error:
             self._leaders = None
-            reason = f"between the hosts: {error}"
+            far = " or ".join(f"rank {peer}" for peer in self._far_leaders)
+            reason = f"the host of {far} is lost: {error}"
             self.local.interrupt(reason)
             raise PeerLost(reason) from error
 

@@ -28,7 +28,7 @@ from tricorn.ps.sparse.kernel import fence, prefetch
 GENERATION, BITS, ROWS = 0, 1, 2  # words of the header
 COUNT, USED = 2, 3  # halves of a record's words
 MIN_BITS, MAX_BITS = 10, 31
-AT_ONCE = 32  # ids that are looked up together
+AHEAD = 24  # ids by which an entry is fetched before its record, and that before it is needed: the waits overlap
 
 Words = NDArray[np.int64]
 Entries = NDArray[np.uint32]
@@ -69,17 +69,29 @@ def place(entries: Entries, words: Words, width: int, bits: int, id: int, hash: 
 
 
 @kernel
-def approach(entries: Entries, words: Words, width: int, bits: int, ids_U: Ids, start: int, stop: int) -> None:
-    """Have the records of ids [start, stop) fetched: the waits for memory overlap instead of following each other."""
-    mask = (1 << bits) - 1
-    for u in range(start, stop):
-        prefetch(entries, mask + 1 + (np.int64(mix(np.uint64(ids_U[u])) & _LOW) & mask))
-    for u in range(start, stop):
-        entry = np.int64(entries[mask + 1 + (np.int64(mix(np.uint64(ids_U[u])) & _LOW) & mask)])
-        if entry != 0:
-            begin = ((entry & mask) - 1) * width
-            for word in range(begin, begin + width, 8):
-                prefetch(words, word)
+def hashed(ids_U: Ids) -> Any:
+    hashes_U = np.empty(len(ids_U), np.uint64)
+    for u in range(len(ids_U)):
+        hashes_U[u] = mix(np.uint64(ids_U[u]))
+    return hashes_U
+
+
+@kernel
+def fetch_entry(entries: Entries, mask: int, hash: Any) -> None:
+    """Have the entry fetched at which the search for an id of that hash begins."""
+    prefetch(entries, mask + 1 + (np.int64(hash & _LOW) & mask))
+
+
+@kernel
+def fetch_record(entries: Entries, words: Words, width: int, mask: int, hash: Any) -> None:
+    """Have the record fetched that this entry leads to."""
+    entry = np.int64(entries[mask + 1 + (np.int64(hash & _LOW) & mask)])
+    if entry != 0:
+        record = ((entry & mask) - 1) * width
+        prefetch(words, record)
+        for word in range(record + 8, record + width - 1, 8):
+            prefetch(words, word)
+        prefetch(words, record + width - 1)
 
 
 @kernel
@@ -89,15 +101,20 @@ def find(
     """Fill ``places_U`` and return how many ids have no record, or -1 - u if id u is of no bucket in [low, high)."""
     absent = 0
     bits = header[BITS]
-    for u in range(len(ids_U)):
-        if u % AT_ONCE == 0:
-            approach(entries, words, width, bits, ids_U, u, min(u + AT_ONCE, len(ids_U)))
-        hash = mix(np.uint64(ids_U[u]))
-        if not low <= bucket_of_hash(hash) < high:
-            return -1 - u
-        at = place(entries, words, width, bits, ids_U[u], hash)
-        places_U[u] = at
-        absent += at < 0
+    mask = (1 << bits) - 1
+    hashes_U = hashed(ids_U)
+    for ahead in range(len(ids_U) + 2 * AHEAD):
+        if ahead < len(ids_U):
+            fetch_entry(entries, mask, hashes_U[ahead])
+        if AHEAD <= ahead < len(ids_U) + AHEAD:
+            fetch_record(entries, words, width, mask, hashes_U[ahead - AHEAD])
+        u = ahead - 2 * AHEAD
+        if u >= 0:
+            if not low <= bucket_of_hash(hashes_U[u]) < high:
+                return -1 - u
+            at = place(entries, words, width, bits, ids_U[u], hashes_U[u])
+            places_U[u] = at
+            absent += at < 0
     return absent
 
 

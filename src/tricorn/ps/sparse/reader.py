@@ -18,8 +18,8 @@ from tricorn.comm import segment
 from tricorn.comm.kernel import kernel
 from tricorn.errors import PeerLost, ProtocolError
 from tricorn.ps.sparse.arena import Arena, Layout
-from tricorn.ps.sparse.ids import Ids, bucket_of_hash, mix
-from tricorn.ps.sparse.index import AT_ONCE, BITS, GENERATION, Entries, Words, approach, place
+from tricorn.ps.sparse.ids import Ids, bucket_of_hash
+from tricorn.ps.sparse.index import AHEAD, BITS, GENERATION, Entries, Words, fetch_entry, fetch_record, hashed, place
 from tricorn.ps.sparse.initial import write_initial
 from tricorn.ps.sparse.kernel import fence
 from tricorn.ps.sparse.spec import BUCKETS, TableSpec
@@ -48,13 +48,19 @@ def _read(
         return 1
     bits = header[BITS]
     dim = out_UD.shape[1]
-    for u in range(len(ids_U)):
-        if u % AT_ONCE == 0:
-            approach(entries, words, width, bits, ids_U, u, min(u + AT_ONCE, len(ids_U)))
-        hash = mix(np.uint64(ids_U[u]))
-        if not low <= bucket_of_hash(hash) < high:
+    mask = (1 << bits) - 1
+    hashes_U = hashed(ids_U)
+    for ahead in range(len(ids_U) + 2 * AHEAD):
+        if ahead < len(ids_U):
+            fetch_entry(entries, mask, hashes_U[ahead])
+        if AHEAD <= ahead < len(ids_U) + AHEAD:
+            fetch_record(entries, words, width, mask, hashes_U[ahead - AHEAD])
+        u = ahead - 2 * AHEAD
+        if u < 0:
+            continue
+        if not low <= bucket_of_hash(hashes_U[u]) < high:
             return -1 - u
-        at = place(entries, words, width, bits, ids_U[u], hash)
+        at = place(entries, words, width, bits, ids_U[u], hashes_U[u])
         if at >= 0:
             out_D, row_D = out_UD[u], numbers[at * stride + first : at * stride + first + dim]
             for d in range(dim):

@@ -1,0 +1,132 @@
+"""One of three workers that try every cut of random uneven models, in pipelines of two and of three stages.
+
+Arguments: rank, number of models. Writes its address to standard output, reads those of all ranks from standard input,
+as JSON, and rank 0 prints a line for each model and number of stages: model, stages, the cut that Tricorn chooses, the
+best of all, the milliseconds of a step with each, how many cuts there are, and the milliseconds of the worst.
+"""
+
+import json
+import random
+import sys
+import time
+from itertools import combinations, pairwise
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tricorn import data, optim
+from tricorn.comm.group import Group
+from tricorn.comm.listener import PeerListener
+from tricorn.job import Job
+from tricorn.mp.choose import choose
+from tricorn.mp.partition import Stage, blocks_of
+from tricorn.mp.pipeline import Pipeline
+from tricorn.plan import Plan
+from tricorn.state.flat import FlatState, build_model
+from tricorn.strategy import Batch
+
+SECRET = b"benchmark, on the loopback only."
+CPU = torch.device("cpu")
+LAYERS, BATCH, MICROBATCHES = 7, 128, 4
+WARM, LOOK, LONG = 2, 4, 20  # steps
+
+
+class Uneven(nn.Module):
+    """Layers of random widths."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths))
+
+    def pipeline_blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+
+def job_of(number: int) -> Job:
+    chance = random.Random(number)
+    widths = [chance.choice([64, 256, 512, 1024, 1536]) for _ in range(LAYERS + 1)]
+    generator = torch.Generator().manual_seed(number)
+    inputs = torch.randn(BATCH, widths[0], generator=generator)
+    target = torch.randint(0, widths[-1], (BATCH,), generator=generator)
+    return Job(
+        model=lambda: Uneven(widths), loss=cross_entropy, optimizer=optim.SGD(lr=1e-3), device="cpu",
+        train=data.arrays(inputs, target), batch_size=BATCH, epochs=1, seed=number,
+    )  # fmt: skip
+
+
+def pipeline_of(job: Job, cuts: tuple[int, ...], group: Group) -> tuple[Pipeline, FlatState]:
+    model = build_model(job)
+    found = blocks_of(job, model, group.size)
+    start, stop = list(pairwise((0, *cuts, len(found))))[group.rank]
+    stage = Stage(model, found, start, stop, CPU)
+    state = FlatState(stage, job.optimizer, CPU)
+    return Pipeline(job, [stage], group, schedule="1f1b", microbatches=MICROBATCHES), state
+
+
+def steps(job: Job, runs: list[tuple[Pipeline, FlatState]], count: int, group: Group) -> list[float]:
+    """Milliseconds of a step of each, medians of ``count`` taken in turn."""
+    inputs, target = job.train.inputs, job.train.target
+    times: list[list[float]] = [[] for _ in runs]
+    for step in range(WARM + count):
+        for (pipeline, state), row in zip(runs, times, strict=True):
+            group.barrier()
+            began = time.perf_counter()
+            pipeline.train(Batch(inputs, target, BATCH, BATCH), BATCH)
+            state.grads_N.div_(BATCH)
+            state.update(lr=1e-3)
+            group.barrier()
+            if step >= WARM:
+                row.append(1e3 * (time.perf_counter() - began))
+    slowest = torch.tensor([median(row) for row in times], dtype=torch.float64)
+    group.broadcast(slowest, 0)
+    return slowest.tolist()
+
+
+def compared(job: Job, group: Group) -> list:
+    stages = group.size
+    told = torch.zeros(stages - 1, dtype=torch.int64)
+    if group.rank == 0:
+        plan = Plan(strategy="mp", workers=stages, microbatches=MICROBATCHES)
+        chosen = choose(job, plan, stages, BATCH // MICROBATCHES, MICROBATCHES, CPU).cuts
+        told = torch.tensor(chosen)
+    group.broadcast(told, 0)
+    chosen = tuple(told.tolist())
+    every = list(combinations(range(1, LAYERS), stages - 1))
+    looks = steps(job, [pipeline_of(job, cuts, group) for cuts in every], LOOK, group)
+    best = every[min(range(len(every)), key=looks.__getitem__)]
+    if best == chosen:
+        took = steps(job, [pipeline_of(job, chosen, group)], LONG, group) * 2
+    else:
+        took = steps(job, [pipeline_of(job, cuts, group) for cuts in (chosen, best)], LONG, group)
+    return [stages, chosen, best, *took, len(every), max(looks)]
+
+
+def main() -> None:
+    rank, models = map(int, sys.argv[1:3])
+    torch.set_num_threads(1)
+    listener = PeerListener(SECRET)
+    listener.announce(1)
+    print(json.dumps(listener.address), flush=True)
+    addresses = [tuple(address) for address in json.loads(sys.stdin.readline())]
+    everyone = Group(rank=rank, addresses=addresses, listener=listener, secret=SECRET, epoch=1, channel="three")
+    groups = [everyone]
+    if rank < 2:
+        two = Group(rank=rank, addresses=addresses[:2], listener=listener, secret=SECRET, epoch=1, channel="two")
+        groups.insert(0, two)
+    for stages in (2, 3):
+        group = groups[0] if stages == 2 and rank < 2 else everyone
+        if group.size == stages:
+            for number in range(models):
+                found = compared(job_of(number), group)
+                if rank == 0:
+                    print(json.dumps([number, *found]), flush=True)
+        everyone.barrier()
+    for group in groups:
+        group.close()
+    listener.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The best cut of a chain of blocks into stages: exact, by dynamic programming. Pure.
+
+Legend: p stages, b blocks; a cut c (1 <= c < b) lies before block c; stage s has the blocks [start, stop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from math import inf
+from typing import NamedTuple
+
+from tricorn.errors import PlanError
+
+Fits = Callable[[int, int, int], bool]  # (stage, start, stop) -> whether the stage has room for these blocks
+
+
+class Link(NamedTuple):
+    """What it costs to hand a value to the next stage: ``wire`` seconds a byte pass while both go on computing,
+    ``copy`` seconds a byte each of the two spends on it.
+    """
+
+    copy: float
+    wire: float
+
+
+FREE = Link(0.0, 0.0)
+
+
+def everything_fits(stage: int, start: int, stop: int) -> bool:
+    return True
+
+
+def balance(
+    seconds: Sequence[float],
+    stages: int,
+    cuts: Sequence[int],
+    handed_on: Sequence[int] | None = None,
+    link: Link = FREE,
+    fits: Fits = everything_fits,
+) -> tuple[int, ...] | None:
+    """The p - 1 of the legal ``cuts`` that make the slowest stage fastest; of equals, the earliest. None if none fits.
+
+    ``seconds`` are those of each block, forward and backward, of one microbatch; ``handed_on`` the bytes that it hands
+    to the next and back. Raises PlanError if there are too few cuts.
+    """
+    slowness = _slowness(seconds, handed_on or [0] * len(seconds), link)
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return slowness(start, stop) if fits(stage, start, stop) else inf
+
+    worst, chosen = minimax(cost, stages, cuts, len(seconds))
+    return chosen if worst < inf else None
+
+
+def minimax(
+    cost: Callable[[int, int, int], float], stages: int, cuts: Sequence[int], blocks: int
+) -> tuple[float, tuple[int, ...]]:
+    """The least that the costliest stage can cost, and the earliest cuts with which it does.
+
+    ``cost`` is of (stage, start, stop). Raises PlanError if there are too few cuts.
+    """
+    if len(cuts) < stages - 1:
+        count = "1 stage" if not cuts else f"{len(cuts) + 1} stages"
+        raise PlanError(f"a model that can be cut into {count} cannot make {stages}")
+    edges = [*cuts, blocks]
+    # rows[e]: the costliest stage, and the cuts, when the blocks before e make as many stages as there were rounds.
+    rows: dict[int, tuple[float, tuple[int, ...]]] = {edge: (cost(0, 0, edge), ()) for edge in edges}
+    for stage in range(1, stages):
+        rows = {
+            edge: min(
+                (max(costliest, cost(stage, last, edge)), (*chosen, last))
+                for last, (costliest, chosen) in rows.items()
+                if last < edge
+            )
+            for edge in edges
+            if min(rows) < edge
+        }
+    return rows[blocks]
+
+
+def slowest(seconds: Sequence[float], cuts: Sequence[int], handed_on: Sequence[int], link: Link) -> float:
+    """Seconds of the slowest stage of these cuts, for one microbatch."""
+    slowness = _slowness(seconds, handed_on, link)
+    return max(slowness(start, stop) for start, stop in pairwise((0, *cuts, len(seconds))))
+
+
+def _slowness(seconds: Sequence[float], handed_on: Sequence[int], link: Link) -> Callable[[int, int], float]:
+    """Of a stage of blocks [start, stop): what it computes and copies, or what its links take if that is longer."""
+    before = [0.0, *accumulate(seconds)]
+    edge = [0, *handed_on[:-1], 0]  # edge[c]: bytes that cross the cut c
+
+    def of(start: int, stop: int) -> float:
+        crossing = edge[start] + edge[stop]
+        return max(before[stop] - before[start] + link.copy * crossing, link.wire * max(edge[start], edge[stop]))
+
+    return of

@@ -1,0 +1,148 @@
+"""The machines that a plan is for: this one, or those that a file describes.
+
+[[host]]            # as often as there are kinds of hosts
+name = "rack1"      # optional
+count = 4           # how many of this kind
+cores = 8           # may be a fraction
+speed = 1.0         # of a core, beside one of the machine that plans
+memory = "16 GB"    # or a number of bytes
+mbit = 1000         # its link, each way
+latency_ms = 0.2    # from host to host, one way
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from tricorn.errors import UsageError
+from tricorn.planner import store
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MOST_HOSTS = 10_000
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine. ``mbit`` is None where nothing limits its link, as between processes of this machine."""
+
+    name: str
+    cores: float
+    memory: int
+    speed: float = 1.0
+    mbit: float | None = None
+    latency: float = 0.0  # seconds, one way
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of its link, each way."""
+        return float("inf") if self.mbit is None else self.mbit * 1e6 / 8
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """Hosts, at least one. ``described``: by a file, and not measured."""
+
+    hosts: tuple[Host, ...]
+    described: bool = False
+
+    def place(self, workers: int, servers: int) -> tuple[list[int], list[int]]:
+        """The host of each worker and of each server: workers one after another, then servers, as engines do it."""
+        count = len(self.hosts)
+        return [rank % count for rank in range(workers)], [(workers + index) % count for index in range(servers)]
+
+    @property
+    def cores(self) -> float:
+        return sum(host.cores for host in self.hosts)
+
+
+def here() -> Cluster:
+    """This machine."""
+    memory = psutil.virtual_memory().total
+    return Cluster(hosts=(Host(name="here", cores=store.cores(), memory=memory),))
+
+
+def read(path: Path) -> Cluster:
+    """The cluster that a file describes. Raises UsageError that lists every mistake in it."""
+    try:
+        found = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", remedy="Name a cluster file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} is not TOML: {error}", remedy="Mend it there; docs/planning.md has an example."
+        ) from None
+    mistakes: list[str] = []
+    hosts = _hosts(found, mistakes)
+    if not mistakes and not hosts:
+        mistakes.append("there is no [[host]]")
+    if len(hosts) > MOST_HOSTS:
+        mistakes.append(f"there are {len(hosts)} hosts; at most {MOST_HOSTS} can be planned for")
+    if mistakes:
+        raise UsageError(
+            f"{path} has mistakes:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes),
+            remedy="Mend them; docs/planning.md has an example.",
+        )
+    return Cluster(hosts=tuple(hosts), described=True)
+
+
+def _hosts(found: dict[str, Any], mistakes: list[str]) -> list[Host]:
+    mistakes += [f"{key!r} is not known; there is only [[host]]" for key in found if key != "host"]
+    tables = found.get("host", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        mistakes.append("host is one table; write [[host]], with two brackets")
+        return []
+    hosts: list[Host] = []
+    for number, table in enumerate(tables, 1):
+        where = f"host {number}"
+        for key in table.keys() - {"name", "count", "cores", "speed", "memory", "mbit", "latency_ms"}:
+            known = "name, count, cores, speed, memory, mbit and latency_ms"
+            hint = "; GPUs cannot be planned for yet, leave them out" if "gpu" in key else ""
+            mistakes.append(f"{where}: {key!r} is not known; there are {known}{hint}")
+        name = table.get("name", f"host{number}")
+        if not isinstance(name, str):
+            mistakes.append(f"{where}: name is {name!r}; give a text")
+            name = where
+        count = _number(table, "count", 1, where, mistakes)
+        if count != int(count) or count > MOST_HOSTS:
+            mistakes.append(f"{where}: count is {count:g}; give a whole number up to {MOST_HOSTS}")
+            count = 1
+        for needed in ("cores", "memory"):
+            if needed not in table:
+                mistakes.append(f"{where}: {needed} is missing")
+        cores = _number(table, "cores", 1, where, mistakes)
+        speed = _number(table, "speed", 1.0, where, mistakes)
+        mbit = _number(table, "mbit", 1000.0, where, mistakes)
+        latency = _number(table, "latency_ms", 0.1, where, mistakes, least=True)
+        memory = _bytes(table.get("memory", 1), where, mistakes)
+        hosts += [
+            Host(name=f"{name}-{index}" if count > 1 else name, cores=cores, memory=memory, speed=speed, mbit=mbit,
+                 latency=latency / 1e3)
+            for index in range(int(count))
+        ]  # fmt: skip
+    return hosts
+
+
+def _number(
+    table: dict[str, Any], key: str, default: float, where: str, mistakes: list[str], *, least: bool = False
+) -> float:
+    value = table.get(key, default)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
+    if not fits or not (value >= 0 if least else value > 0):
+        mistakes.append(f"{where}: {key} is {value!r}; give a number {'of at least' if least else 'above'} 0")
+        return default
+    return float(value)
+
+
+def _bytes(value: object, where: str, mistakes: list[str]) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)):
+        unit = _UNITS.get(match[2].upper())
+        if unit and float(match[1]) > 0:
+            return int(float(match[1]) * unit)
+    mistakes.append(f'{where}: memory is {value!r}; give bytes, or a text such as "16 GB"')
+    return 1

@@ -1,0 +1,135 @@
+"""Forward, backward and update of a job, timed by some processes at the same moments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tricorn.data.sources import as_source
+from tricorn.planner.crew import Line, crew, gather, tell
+from tricorn.planner.figures import Curve, Figure, Point
+from tricorn.state.flat import FlatParameters, build_model, device_of, model_without_rows
+from tricorn.state.gradient import forward_backward
+from tricorn.state.rows import row_tables
+from tricorn.strategy import Batch
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+
+POINT_SECONDS = 0.15  # for each size: as many rounds as fit
+MOST_ROUNDS = 40
+FEWEST = 1 << 14  # elements whose update is measured
+
+
+def together(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) -> list[dict[str, list[Point]]]:
+    """What each of some forks measured, each size begun by all at the same moment."""
+    with crew(bodies) as lines:
+        for _ in range(len(sizes) + 1):
+            gather(lines)
+            tell(lines, "go")
+        return [
+            {name: [Point(*point) for point in points] for name, points in found.items()} for found in gather(lines)
+        ]
+
+
+def slowest(found: Sequence[dict[str, list[Point]]]) -> dict[str, Curve]:
+    """All wait for the slowest."""
+    return {
+        name: Curve(tuple(max(points, key=lambda point: point.seconds)
+                          for points in zip(*(each[name] for each in found), strict=True)))
+        for name in found[0]
+    }  # fmt: skip
+
+
+def compute(job: Job, threads: int, sizes: Sequence[int], served: bool, line: Line) -> None:
+    torch.set_num_threads(threads)
+    run, flat = _served(job) if served else _whole(job)
+    points, kept = [], 0.0
+    for samples in sizes:
+        batch = first_batch(job, samples)
+        kept = max(kept, _kept(partial(run, batch), flat.weights_N) / batch.samples)
+        line.say("ready")
+        line.hear()
+        points.append(Point(batch.samples, *rounds(partial(run, batch))))
+    line.say("ready")
+    line.hear()
+    line.say({"compute": points, "update": list(_updates(job, flat.weights_N)), "kept": [Point(1, kept, 0.0)]})
+
+
+def _kept(work: Callable[[], object], weights_N: Tensor) -> int:
+    """Bytes that autograd keeps from forward to backward, but for the weights."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, _as_it_is):
+        work()
+    sizes.pop(weights_N.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _updates(job: Job, weights_N: Tensor) -> Iterator[Point]:
+    """The optimizer's update of as many elements as the model has, and of fewer."""
+    size = len(weights_N)
+    for elements in sorted({FEWEST, max(FEWEST, size // 8), max(FEWEST, size)}):
+        weights, grads = (torch.zeros(elements, dtype=weights_N.dtype, device=weights_N.device) for _ in range(2))
+        slots = {slot: torch.zeros_like(weights) for slot in job.optimizer.slots}
+        work = partial(job.optimizer.update, weights, grads, slots, step=1, lr=0.0)
+        yield Point(weights.nbytes, *rounds(work))
+
+
+def _whole(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
+    """Forward and backward as data parallel runs them: every parameter is here, and so is its gradient."""
+    flat = FlatParameters(build_model(job), device_of(job))
+    return partial(forward_backward, job, flat.module), flat
+
+
+def _served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
+    """The same where rows of tables come from servers, at once and all zero."""
+    from tricorn.ps.lookup import Lookups
+
+    model = model_without_rows(job)
+    lookups = Lookups(model, row_tables(job, model), lambda wanted: [each.out_UD.zero_() for each in wanted])
+    flat = FlatParameters(model, device_of(job))
+
+    def run(batch: Batch) -> None:
+        ahead = lookups.ahead(batch.inputs)
+        for each in ahead.wanted:
+            each.out_UD.zero_()
+        lookups.begin(ahead)
+        forward_backward(job, flat.module, batch)
+        lookups.end()
+
+    return run, flat
+
+
+def rounds(work: Callable[[], object]) -> Figure:
+    """Rounds for ``POINT_SECONDS``, three at least unless they are slow, after one that does not count."""
+    taken: list[float] = []
+    until = time.perf_counter() + POINT_SECONDS
+    while len(taken) < 2 or (time.perf_counter() < until and len(taken) < MOST_ROUNDS):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return Figure.of(taken[1:])
+
+
+def first_batch(job: Job, samples: int) -> Batch:
+    """The first samples of the data."""
+    source = as_source(job.train)
+    ids = np.arange(min(samples, len(source)), dtype=np.int64)
+    inputs, target = source.fetch(ids)
+    count = len(ids) if job.count is None else int(job.count(inputs, target))
+    return Batch(inputs, target, len(ids), count)

@@ -1,0 +1,112 @@
+"""Why a plan, in plain words. Pure: every number is one of the predictions'."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tricorn.plan import Plan
+from tricorn.planner.ground import Ground
+from tricorn.planner.prediction import Prediction
+from tricorn.planner.search import Planning, exact
+
+WORDS = {
+    "compute": "computing", "update": "updating", "data": "making batches", "exchange": "exchanging",
+    "wire": "on the links", "waiting": "waiting for others",
+}  # fmt: skip
+_NAMED = (
+    "zero", "compress", "local_steps", "balance", "embeddings", "replicas", "tensor", "schedule", "microbatches",
+)  # fmt: skip
+SHOWN = 0.02  # of a step: terms below are not worth a word
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+
+
+def named(plan: Plan) -> str:
+    """A plan in few words: what it is, and what differs from the plainest of its kind."""
+    parts = [plan.strategy if plan.synchronous else f"{plan.strategy} {plan.consistency}"]
+    parts.append(f"{plan.workers} worker{'s' * (plan.workers > 1)}")
+    if plan.servers:
+        parts.append(f"{plan.servers} server{'s' * (plan.servers > 1)}")
+    for field in _NAMED:
+        value = getattr(plan, field)
+        if value != getattr(Plan(strategy=plan.strategy), field):
+            parts.append(field.replace("_", " ") if value is True else f"{field.replace('_', ' ')} {value}")
+    return ", ".join(parts)
+
+
+def explain(planning: Planning, ground: Ground) -> list[str]:
+    """Sentences: what is chosen, what its step consists of, what was not chosen and what would make the difference."""
+    chosen = planning.chosen
+    if chosen is None:
+        return ["No plan can run this job here."]
+    steps = ground.profile.steps
+    said = [
+        f"{named(chosen.plan)}: {seconds(chosen.seconds)} a step, {seconds(chosen.low)} to {seconds(chosen.high)}, and "
+        f"{seconds(chosen.seconds * steps)} an epoch of {steps:,} steps.",
+        f"Of a step, {_terms(chosen)}.",
+    ]
+    role, most = chosen.fullest
+    memory = min(host.memory for host in ground.cluster.hosts)
+    said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")
+    said += [_beside(chosen, other, planning) for other in _others(planning, chosen)]
+    faster = next((p for p in planning.ranked if not exact(p.plan) and p.score < chosen.score), None)
+    if faster is not None and exact(chosen.plan):
+        said.append(
+            f"{named(faster.plan)} would be faster to the same quality, {seconds(faster.seconds)} a step with "
+            f"{faster.penalty:.2f} times the steps, but its updates are not those of one process; --approximate "
+            "allows that."
+        )
+    if chosen.notes:
+        said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
+    for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
+        said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason}.")
+    return said
+
+
+def _others(planning: Planning, chosen: Prediction) -> list[Prediction]:
+    """The best of one worker, and of each other family."""
+    alone = next((p for p in planning.ranked if p.plan.workers == 1 and p.plan.strategy == "dp"), None)
+    families = {chosen.plan.strategy: chosen}
+    for prediction in planning.ranked:
+        if exact(prediction.plan):
+            families.setdefault(prediction.plan.strategy, prediction)
+    found = [alone] if alone is not None and alone is not chosen else []
+    return found + [
+        prediction for prediction in families.values() if prediction is not chosen and prediction is not alone
+    ]
+
+
+def _beside(chosen: Prediction, other: Prediction, planning: Planning) -> str:
+    """How another plan differs, and by what most."""
+    if other.seconds > chosen.seconds:
+        term = max(other.terms, key=lambda t: other.terms[t] - chosen.terms[t])
+        return (
+            f"{named(other.plan)} would take {seconds(other.seconds)} a step: {WORDS[term]} takes "
+            f"{seconds(other.terms[term])} there, and {seconds(chosen.terms[term])} here."
+        )
+    return (
+        f"{named(other.plan)} would take {seconds(other.seconds)} a step, which is as good; the simpler one is taken."
+    )
+
+
+def _terms(prediction: Prediction) -> str:
+    shown = sorted(prediction.terms.items(), key=lambda item: -item[1])
+    parts = [f"{seconds(value)} {WORDS[term]}" for term, value in shown if value >= SHOWN * prediction.seconds]
+    verb = "is" if len(parts) == 1 else "are"
+    return f"{_listed(parts)} {verb} what takes the time" if len(parts) == 1 else _listed(parts)
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit."""
+    unit, name = next(((unit, name) for unit, name in UNITS if value >= unit), UNITS[-1])
+    return f"{value / unit:.3g} {name}" if value < 1000 else f"{value:,.0f} s"
+
+
+def size(value: float) -> str:
+    """Bytes: three digits and a unit."""
+    unit, name = next(((unit, name) for unit, name in SIZES if value >= unit), SIZES[-1])
+    return f"{value / unit:.3g} {name}"

@@ -1,0 +1,118 @@
+"""What every cost stands on: a job's profile, this machine's links, and the cluster that a plan is for.
+
+Legend: p workers, n bytes of something, b samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tricorn.plan import Plan
+from tricorn.planner.cluster import Cluster, Host
+from tricorn.planner.links import Links
+from tricorn.planner.profile import Profile
+
+AHEAD = 1e-3  # seconds: batches that take longer to make are made beside computing (worker/batches.py)
+MODEL_SCATTER = 0.05  # what measuring again an hour later moves, beside the scatter within a measurement
+
+
+@dataclass(frozen=True)
+class Ground:
+    """``cluster`` may be elsewhere: then speeds are this machine's times what the cluster file says."""
+
+    profile: Profile
+    links: Links
+    cluster: Cluster
+
+    def places(self, plan: Plan) -> tuple[list[int], list[int]]:
+        """The host of each worker and of each server."""
+        return self.cluster.place(plan.workers, plan.servers)
+
+    def spread(self, plan: Plan) -> int:
+        """On how many hosts the workers are."""
+        return len(set(self.places(plan)[0]))
+
+    def threads(self, plan: Plan, host: int) -> int:
+        """Of each worker on that host."""
+        there = self.places(plan)[0].count(host)
+        return plan.threads or max(1, int(self.cluster.hosts[host].cores) // max(1, there))
+
+    def computing(self, plan: Plan, samples: float, *, served: bool = False) -> tuple[list[float], float]:
+        """For each worker the seconds of forward and backward of so many samples, and their scatter.
+
+        ``served``: rows of tables come from servers.
+        """
+        found: list[float] = []
+        scatter = 0.0
+        for host in self.places(plan)[0]:
+            seconds, scatter = self.on(host, plan, samples, served=served)
+            found.append(seconds)
+        return found, scatter
+
+    def on(self, host: int, plan: Plan, samples: float, *, served: bool = False) -> tuple[float, float]:
+        """The same of one worker on that host."""
+        threads = self.threads(plan, host)
+        there = self.places(plan)[0].count(host)
+        crowd = there if len(self.cluster.hosts) == 1 else min(there, max(1, int(self.cluster.hosts[host].cores)))
+        seconds, scatter = self.profile.computing(crowd, threads, samples, served=served)
+        return seconds * self.slowness(host, there), scatter
+
+    def slowness(self, host: int, working: int) -> float:
+        """How many times as long one of so many processes takes on that host as on this machine."""
+        its = self.cluster.hosts[host]
+        crowding = max(1.0, working / its.cores) if self.cluster.described else 1.0
+        return crowding / its.speed
+
+    def updating(self, plan: Plan, n: float, host: int = 0) -> float:
+        """Seconds to update n bytes of parameters in a worker on that host."""
+        there = self.places(plan)[0].count(host)
+        return self.profile.updating(there, self.threads(plan, host), n) * self.slowness(host, there)
+
+    def plain_updating(self, n: float) -> float:
+        """The part of every measured exchange that is the update by plain SGD."""
+        return self.links.seconds("update", 1, n)
+
+    def exchanging(self, way: str, workers: int, n: float) -> tuple[float, float]:
+        """Seconds of a step of that way that are neither computing nor updating, and their scatter."""
+        seconds = self.links.seconds(f"exchange/{way}", workers, n)
+        curve = self.links.curve(f"exchange/{way}", workers)
+        part = n if way in ("ps", "asp", "mp") else n / workers
+        return max(seconds - self.plain_updating(part), seconds / 4), curve.scatter
+
+    def loading(self, samples: float, beside: float) -> float:
+        """Seconds for which a worker waits for a batch, made while it computes for so long if it is slow."""
+        seconds = self.profile.load.at(samples)
+        return seconds if seconds <= AHEAD else max(0.0, seconds - beside) + AHEAD
+
+    def wire(self, n: float, hosts: list[int], messages: int) -> float:
+        """Seconds for n bytes over the slowest link of some hosts, after so many latencies."""
+        chosen = [self.cluster.hosts[host] for host in hosts]
+        return max(n / host.bytes_per_second + messages * host.latency for host in chosen)
+
+    def base(self, way: str, role: str = "worker") -> int:
+        """Bytes of a role beside its model's."""
+        return self.profile.base_bytes + self.links.overhead.get(f"{way}/{role}", 0)
+
+    def notes(self, way: str, workers: int, n: float) -> tuple[str, ...]:
+        """Where an exchange goes beyond what was measured."""
+        found = []
+        counts = self.links.counts(f"exchange/{way}")
+        if counts and workers > counts[-1]:
+            found.append(f"{workers} workers, of which at most {counts[-1]} were measured")
+        if counts and n > 2 * self.links.curve(f"exchange/{way}", workers).points[-1].x:
+            found.append(f"{n / 1e6:,.0f} MB to exchange, of which a smaller amount was measured")
+        if self.profile.device != "cpu":
+            found.append(f"exchanging from {self.profile.device}")
+        if self.cluster.described:
+            found.append("links between hosts, and speeds, that the cluster file states")
+        return tuple(found)
+
+    def host(self, index: int) -> Host:
+        return self.cluster.hosts[index]
+
+
+def combined(*parts: tuple[float, float]) -> float:
+    """The scatter of a sum of (seconds, scatter): errors that do not know of each other, and the model's own."""
+    total = sum(seconds for seconds, _ in parts) or 1.0
+    square = sum((seconds * scatter) ** 2 for seconds, scatter in parts) / total**2
+    return float((square + MODEL_SCATTER**2) ** 0.5)

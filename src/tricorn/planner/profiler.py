@@ -1,0 +1,218 @@
+"""Measure a job: computing alone and side by side, its update, its batches, its rows, and its layers one by one.
+
+All of it happens in forks of a process that has loaded the job, so that nothing of the job or of this process changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from tricorn.data.sources import as_source
+from tricorn.errors import TricornError, UserCodeError
+from tricorn.planner import computing
+from tricorn.planner.computing import first_batch, rounds, slowest, together
+from tricorn.planner.crew import Line, crew
+from tricorn.planner.figures import Curve, Point
+from tricorn.planner.profile import Layer, Profile, TableUse, crowd
+from tricorn.state.flat import (
+    build_model,
+    call_model,
+    device_of,
+    model_without_rows,
+    trained_parameters,
+)
+from tricorn.state.gradient import placed
+from tricorn.state.rows import RowTable, row_tables
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+
+MOST_STAGES = 8  # for which a model is looked into
+IMPORTED = ("torch.", "numba.", "tricorn.")  # packages whose modules have no effect but to be there
+HEADROOM = 0.5  # of the memory that is free, for what measures
+
+
+def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Profile:
+    """Everything; ``told`` hears what is being measured. The process must have no threads but this one.
+
+    What the user's code raises is in ``unmeasured`` or ``no_layers``, and the rest is measured nevertheless.
+    """
+    told("the model")
+    with crew([partial(_facts, job)]) as (line,):
+        facts = line.hear()
+    for module in facts["imported"]:  # here, or each fork would have to
+        with suppress(ImportError):
+            import_module(module)
+    compute: dict[str, Curve] = {}
+    update: dict[str, Curve] = {}
+    unmeasured = too_large = ""
+    kept = 0.0
+    by_rows = facts["table_bytes"] > 0
+    try:
+        for workers, threads in crowds(cores):
+            told(f"{workers} computing at once, threads: {threads}")
+            if not _fits(facts, workers):
+                too_large = f"{workers} copies of the model are more than half of the memory that is free"
+                continue
+            sizes = shares(job.batch_size, workers)
+            for served in (False, True) if by_rows else (False,):
+                bodies = [partial(computing.compute, job, threads, sizes, served)] * workers
+                found = slowest(together(bodies, sizes))
+                key = ("rows " if served else "") + crowd(workers, threads)
+                compute[key], update[key] = found["compute"], found["update"]
+                kept = max(kept, found["kept"].points[0].seconds)
+    except UserCodeError as error:
+        unmeasured = str(error)
+    layers: tuple[Layer, ...] = ()
+    no_layers = unmeasured
+    few = max(1, job.batch_size // 4)
+    if not unmeasured:
+        told("layers")
+        try:
+            with crew([partial(_layers, job, few)]) as (line,):
+                layers = tuple(Layer(**row) for row in line.hear())
+        except TricornError as error:
+            no_layers = str(error)
+    told("batches")
+    with crew([partial(_load, job)]) as (line,):
+        data = line.hear()
+    return Profile(
+        name=name, samples=facts["samples"], batch_size=job.batch_size, epochs=job.epochs,
+        device=facts["device"], optimizer=type(job.optimizer).__name__, elements=facts["elements"],
+        element_bytes=facts["element_bytes"], slots=len(job.optimizer.slots), parameters=facts["parameters"],
+        buffer_bytes=facts["buffer_bytes"], base_bytes=facts["base_bytes"], input_bytes=data["input_bytes"],
+        kept_bytes=kept or sum(layer.kept_bytes for layer in layers) / few,
+        compute=compute, update=update, load=Curve(tuple(Point(*point) for point in data["load"])),
+        tables=tuple(
+            TableUse(name=table["name"], rows=table["rows"], dim=table["dim"],
+                     unique=tuple((count, ids) for count, ids in table["unique"]))
+            for table in facts["tables"]
+        ),
+        layers=layers, layer_samples=few, no_layers=no_layers, unmeasured=unmeasured or ("" if compute else too_large),
+    )  # fmt: skip
+
+
+def crowds(cores: int) -> list[tuple[int, int]]:
+    """How many workers compute at once, each with how many threads: (1, all), (2, half), ..., (all, 1), and (1, 1)."""
+    counts = [1 << power for power in range(cores.bit_length()) if 1 << power < cores]
+    return list(dict.fromkeys([*((count, cores // count) for count in counts), (cores, 1), (1, 1)]))
+
+
+def shares(batch_size: int, workers: int) -> list[int]:
+    """Samples of one computation: the whole batch, a worker's share of it, and a quarter of that; ascending."""
+    share = -(-batch_size // max(workers, 2))
+    return sorted({batch_size, share, max(1, share // 4)})
+
+
+def _facts(job: Job, line: Line) -> None:
+    """What is known without running anything."""
+    torch.set_num_threads(1)
+    base, before = psutil.Process().memory_info().rss, {*sys.modules}
+    model = model_without_rows(job)
+    trained = trained_parameters(model)
+    tables = row_tables(job, model)
+    source = as_source(job.train)
+    dtype_bytes = trained[0][1].element_size() if trained else 4
+    line.say(
+        {
+            "samples": len(source),
+            "device": device_of(job).type,
+            "elements": sum(p.numel() for _, p in trained),
+            "element_bytes": dtype_bytes,
+            "parameters": len(trained),
+            "slots": len(job.optimizer.slots),
+            "buffer_bytes": sum(buffer.nbytes for buffer in model.buffers()),
+            "base_bytes": base,
+            "imported": [name for name in sys.modules if name not in before and name.startswith(IMPORTED)],
+            "table_bytes": sum(table.rows * table.dim for table in tables) * dtype_bytes,
+            "tables": _tables(job, tables) if tables else [],
+        }
+    )
+
+
+def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
+    """Each table, and how many different ids some shares of a batch have."""
+    from tricorn.ps.lookup import Lookups
+    from tricorn.ps.rows import Wanted
+
+    found = [{"name": table.name, "rows": table.rows, "dim": table.dim, "unique": []} for table in tables]
+    for samples in sorted({max(1, job.batch_size // 4), max(1, job.batch_size // 2), job.batch_size}):
+        seen = [0] * len(tables)
+
+        def count(wanted: list[Wanted], seen: list[int] = seen) -> None:
+            for each in wanted:
+                each.out_UD.zero_()
+                seen[each.table] += len(each.ids_U)
+
+        model = model_without_rows(job)
+        lookups = Lookups(model, row_tables(job, model), count)
+        batch = first_batch(job, samples)
+        lookups.begin(lookups.ahead(batch.inputs), learning=False)
+        with torch.no_grad():
+            call_model(model, placed(job, batch.inputs, device_of(job)))
+        for table, ids in zip(found, seen, strict=True):
+            cast("list[tuple[int, int]]", table["unique"]).append((batch.samples, ids))
+    return found
+
+
+def _fits(facts: dict[str, Any], workers: int) -> bool:
+    needed = workers * facts["elements"] * facts["element_bytes"] * (2 + facts["slots"])
+    return bool(needed < HEADROOM * psutil.virtual_memory().available)
+
+
+def _load(job: Job, line: Line) -> None:
+    """Seconds to make batches of random samples, and the bytes of a sample's inputs."""
+    torch.set_num_threads(1)
+    source = as_source(job.train)
+    chosen = np.random.default_rng(0)
+    points = []
+    for samples in sorted({max(1, job.batch_size // 4), job.batch_size}):
+        ids = chosen.integers(0, len(source), samples)
+        points.append(Point(samples, *rounds(partial(source.fetch, ids))))
+    inputs, _ = source.fetch(np.arange(1, dtype=np.int64))
+    line.say({"load": points, "input_bytes": sum(tensor.nbytes for tensor in _tensors(inputs))})
+
+
+def _layers(job: Job, samples: int, line: Line) -> None:
+    """Each block by itself, on what the one before it made."""
+    from tricorn.mp.measure import example, measure
+    from tricorn.mp.partition import blocks_of, legal_cuts
+
+    torch.set_num_threads(1)
+    found = blocks_of(job, build_model(job), MOST_STAGES)
+    legal = set(legal_cuts(found))
+    costs = measure(job, found, example(job, samples), device_of(job))
+    line.say(
+        [
+            {
+                "name": block.name,
+                "forward": cost.forward,
+                "backward": cost.input_gradient,
+                "weights": cost.weight_gradient,
+                "elements": sum(p.numel() for p in block.module.parameters() if p.requires_grad),
+                "output_bytes": cost.handed_on,
+                "kept_bytes": cost.kept,
+                "cut_after": index + 1 in legal and cost.obstacle is None,
+            }
+            for index, (block, cost) in enumerate(zip(found, costs, strict=True))
+        ]
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        inner: Iterable[Any] = value.values() if isinstance(value, dict) else value
+        for item in inner:
+            yield from _tensors(item)

@@ -1,0 +1,156 @@
+"""What the planner knows of a job and of this machine: from disk, or measured by a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tricorn import errors
+from tricorn.control import messages as m
+from tricorn.engine.forkserver import receive
+from tricorn.engine.local import pickled
+from tricorn.errors import PeerLost, TricornError, UsageError
+from tricorn.job import Job
+from tricorn.plan import Plan
+from tricorn.planner import orders, store
+from tricorn.planner.links import Links
+from tricorn.planner.profile import Profile
+
+M = TypeVar("M", bound=m.Message)
+
+
+class Survey:
+    """Of one job, given as itself or as (file, name), or of the machine alone. Use as a context manager.
+
+    ``told`` hears what is being measured; with ``fresh`` nothing is taken from disk. A process is started only when
+    something has to be measured. Raises UsageError for a job that cannot be loaded.
+    """
+
+    def __init__(self, job: Job | tuple[str, str] | None, *, told: Callable[[str], None], fresh: bool = False) -> None:
+        self._job = job
+        self._told = told
+        self._fresh = fresh
+        self._pickle = pickled(job) if isinstance(job, Job) else None
+        self._sock: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._key = self._name_job()
+        self._kept = None if fresh else store.load_profile(self._key)
+        self.cores = store.cores()
+
+    def __enter__(self) -> Survey:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sock is not None:
+            self._sock.close()  # at the end of the stream the surveyor ends
+        if self._process is not None:
+            try:
+                self._process.wait(2.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._pickle is not None:
+            self._pickle.close()
+
+    def links(self) -> Links:
+        """Of this machine."""
+        found = None if self._fresh else store.load_links()
+        if found is None:
+            self._told("measuring this machine, which is done once")
+            found = self._ask(orders.MeasureLinks(cores=self.cores), orders.LinksMeasured).links
+            store.save_links(found)
+        return found
+
+    def profile(self) -> Profile:
+        """Of the job on this machine."""
+        if self._kept is None:
+            self._told("measuring the job")
+            found = self._ask(orders.MeasureJob(cores=self.cores), orders.JobMeasured).profile
+            self._keep(store.KeptProfile(found, self._sources, {}))
+        assert self._kept is not None
+        return self._kept.profile
+
+    def known(self) -> Profile | None:
+        """Of the job, if it was measured before and is still the same."""
+        return self._kept.profile if self._kept is not None else None
+
+    def why_not(self, plans: Sequence[Plan]) -> list[str | None]:
+        """For each plan one sentence that says why it cannot run the job, None if it can."""
+        self.profile()
+        kept = self._kept
+        assert kept is not None
+        names = [msgspec.json.encode(plan).decode() for plan in plans]
+        missing = [plan for plan, name in zip(plans, names, strict=True) if name not in kept.verdicts]
+        if missing:
+            self._told(f"asking which of {len(missing)} plans can run the job")
+            judged = self._ask(orders.Judge(plans=missing), orders.Judged).why_not
+            found = {msgspec.json.encode(plan).decode(): why for plan, why in zip(missing, judged, strict=True)}
+            kept = store.KeptProfile(kept.profile, kept.sources, kept.verdicts | found)
+            self._keep(kept)
+        return [kept.verdicts[name] for name in names]
+
+    def _keep(self, kept: store.KeptProfile) -> None:
+        self._kept = kept
+        store.save_profile(self._key, kept)
+
+    def _name_job(self) -> str:
+        if isinstance(self._job, tuple):
+            return f"{Path(self._job[0]).resolve()}:{self._job[1]}"
+        if self._pickle is None:
+            return ""
+        digest = blake2b(self._pickle.read(), digest_size=16).hexdigest()
+        self._pickle.seek(0)
+        return f"pickle {digest}"
+
+    def _ask(self, order: m.Message, kind: type[M]) -> M:
+        if self._sock is None:
+            self._start()
+        return self._exchange(order, kind)
+
+    def _start(self) -> None:
+        self._sock, theirs = socket.socketpair()
+        handed = [theirs.fileno(), *([self._pickle.fileno()] if self._pickle else [])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tricorn.planner.surveyor", str(theirs.fileno())],
+            pass_fds=handed, env=environment, stdin=subprocess.DEVNULL, stdout=2,
+        )  # fmt: skip
+        theirs.close()
+        self._sources: dict[str, str] = {}
+        if self._job is not None:
+            file, name = self._job if isinstance(self._job, tuple) else (None, "")
+            load = orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
+            loaded = self._exchange(load, orders.Loaded)
+            self._sources = store.digests(loaded.sources)
+
+    def _exchange(self, order: m.Message, kind: type[M]) -> M:
+        assert self._sock is not None
+        decode = m.Decoder(orders.FromSurveyor)
+        try:
+            self._sock.sendall(m.encode(order))
+            while isinstance(answer := receive(self._sock, decode), orders.Told):
+                self._told(answer.text)
+        except (PeerLost, ConnectionError):
+            raise UsageError(
+                "the process that measures the job is gone, perhaps for want of memory",
+                remedy="Look above for what it printed, or name a plan by --strategy, which needs no figures.",
+            ) from None
+        if isinstance(answer, m.Failed):
+            raise _raised(answer)
+        assert isinstance(answer, kind)
+        return answer
+
+
+def _raised(failed: m.Failed) -> TricornError:
+    kind = getattr(errors, failed.kind, UsageError)
+    kind = kind if isinstance(kind, type) and issubclass(kind, TricornError) else UsageError
+    error: TricornError = kind(failed.message, remedy=failed.remedy or None, where=failed.where)
+    return error

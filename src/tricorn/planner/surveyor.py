@@ -1,0 +1,145 @@
+"""The process that measures: it loads the job, forks what is to be timed, and computes nothing itself.
+
+``python -m tricorn.planner.surveyor FD`` serves the planner at the other end of the descriptor.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import sysconfig
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tricorn.control import messages as m
+from tricorn.engine.forkserver import die_with_parent, receive
+from tricorn.errors import PeerLost, TricornError, UsageError, UserCodeError, users_line
+from tricorn.job import Job
+from tricorn.plan import Plan
+from tricorn.planner.orders import (
+    JobMeasured,
+    Judge,
+    Judged,
+    LinksMeasured,
+    Load,
+    Loaded,
+    MeasureJob,
+    MeasureLinks,
+    Told,
+    ToSurveyor,
+)
+from tricorn.state import memory
+
+
+class Surveyor:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._decode = m.Decoder(ToSurveyor)
+        self._job: Job
+        self._name = ""
+
+    def serve(self) -> None:
+        """Until the planner hangs up."""
+        with suppress(PeerLost, ConnectionError):
+            while True:
+                order = receive(self._sock, self._decode)
+                try:
+                    self._say(self._obey(order))
+                except TricornError as error:
+                    self._say(m.failed(error))
+                except (Exception, SystemExit) as error:
+                    self._say(m.failed(_mistake(error)))
+
+    def _obey(self, order: object) -> m.Message:
+        match order:
+            case Load():
+                return self._load(order)
+            case MeasureJob():
+                from tricorn.planner.profiler import profile
+
+                return JobMeasured(profile=profile(self._job, self._name, order.cores, self._tell))
+            case MeasureLinks():
+                from tricorn.planner.sweep import sweep
+
+                return LinksMeasured(links=sweep(order.cores, self._tell))
+            case Judge():
+                return Judged(why_not=_judged(self._job, order.plans))
+        raise AssertionError(order)
+
+    def _load(self, order: Load) -> Loaded:
+        from tricorn.engine.loading import load
+
+        try:
+            self._job = load(order.file, order.name, order.pickle_fd)
+        except TricornError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UsageError(
+                f"the job cannot be loaded: {type(error).__name__}: {error}",
+                remedy="Mend that line; `python FILE` shows the whole trace.",
+                where=users_line(error),
+            ) from None
+        self._name = Path(order.file).stem if order.file else getattr(self._job.model, "__name__", "job").strip("<>")
+        return Loaded(sources=_own_files() if order.file else [])
+
+    def _tell(self, text: str) -> None:
+        self._say(Told(text=text))
+
+    def _say(self, message: m.Message) -> None:
+        self._sock.sendall(m.encode(message))
+
+
+def _judged(job: Job, plans: Sequence[Plan]) -> list[str | None]:
+    """Asked in a fork, for building models may leave anything behind."""
+    from tricorn.planner.crew import Line, crew
+
+    def ask(line: Line) -> None:
+        line.say([why_not(job, plan) for plan in plans])
+
+    with crew([ask]) as (line,):
+        found = line.hear()
+    return [None if reason is None else str(reason) for reason in found]
+
+
+def why_not(job: Job, plan: Plan) -> str | None:
+    """What the plan's strategy says of it; a strategy that cannot even look at the job has a reason, too."""
+    from tricorn import strategy
+
+    try:
+        return strategy.find(plan).why_not(job, plan)
+    except TricornError as error:
+        return str(error)
+
+
+def _own_files() -> list[str]:
+    """The files of all modules that are neither Tricorn's nor installed."""
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    own = (str(Path(__file__).parents[1]), *libraries)
+    files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
+    return sorted(file for file in files if file.endswith(".py") and not file.startswith(own))
+
+
+def _mistake(error: BaseException) -> TricornError:
+    said = f"{type(error).__name__}: {error}"
+    where = users_line(error)
+    if where:
+        return UserCodeError(said, remedy="Mend that line; `python FILE` shows the whole trace.", where=where)
+    return UsageError(
+        f"the job cannot be measured: {said}", remedy="Name a plan by --strategy, which needs no figures."
+    )
+
+
+def main() -> None:
+    """Serve the planner at the other end of the descriptor that the command names."""
+    die_with_parent()
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    import torch
+
+    torch.set_num_threads(1)  # no pool of threads may exist before a fork
+    memory.keep_freed()
+    Surveyor(sock).serve()
+
+
+if __name__ == "__main__":
+    main()

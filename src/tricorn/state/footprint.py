@@ -1,0 +1,24 @@
+"""How much memory a worker's state needs, whatever part of the model it has. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What the first step brings in besides tensors: code of libraries, stacks, pools. Measured with a model of no size.
+FIRST_STEP = 16 << 20
+# What a fork comes to have for itself of the memory that it shared at first, with the coordinator's. Measured alike.
+COPIED = 80 << 20
+# Tensors of the size of the weights that an update makes besides (optim.py).
+_SCRATCH = {"Adagrad": 1, "FTRL": 4}
+
+
+def state_bytes(weights: int, others: int, optimizer: Any, *, spread: int = 1) -> int:
+    """Bytes of ``weights`` bytes that are trained, with their gradients and slots, and of ``others`` that are not.
+
+    Of ``spread`` workers each has its part of the optimizer's state. A copy of all that is saved is made to be written
+    while training goes on.
+    """
+    slots = len(optimizer.slots) * weights // spread
+    scratch = _SCRATCH.get(type(optimizer).__name__, 0) * weights // spread
+    saved = weights // spread + slots + others
+    return 2 * weights + slots + others + max(saved, scratch)

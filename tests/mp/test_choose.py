@@ -1,0 +1,124 @@
+"""The choice of a cut: from measurements, within a worker's memory, or as the plan says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tricorn import data, optim
+from tricorn.errors import PlanError
+from tricorn.job import Job
+from tricorn.mp.choose import choose, fewest_workers
+from tricorn.mp.measure import Cost
+from tricorn.mp.memory import Held, stage_bytes
+from tricorn.plan import Plan
+from tricorn.state.footprint import state_bytes
+
+CPU = torch.device("cpu")
+WIDTH = 600
+LAYER = WIDTH * WIDTH * 4
+
+
+def job(model=None, **fields) -> Job:
+    given = {
+        "model": model or (lambda: nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(6)])),
+        "loss": F.mse_loss, "optimizer": optim.Adam(lr=0.01), "device": "cpu", "batch_size": 16, "epochs": 1,
+        "train": data.arrays(torch.randn(16, WIDTH), torch.randn(16, WIDTH)),
+    }  # fmt: skip
+    return Job(**(given | fields))
+
+
+def chosen(plan: Plan, this: Job | None = None):
+    return choose(this or job(), plan, plan.stages, 4, 4, CPU)
+
+
+def test_pinned_cuts_are_taken_or_refused():
+    assert chosen(Plan(strategy="mp", workers=3, cuts=(1, 4))).cuts == (1, 4)
+    with pytest.raises(PlanError, match="cuts are 1, but 3 stages have 2; give that many"):
+        chosen(Plan(strategy="mp", workers=3, cuts=(1,)))
+    with pytest.raises(PlanError, match="cannot be cut before block 9; its cuts are 1 before 1, 2 before 2"):
+        chosen(Plan(strategy="mp", workers=2, cuts=(9,)))
+
+
+def test_the_estimate_grows_with_the_state():
+    first, second = chosen(Plan(strategy="mp", workers=2, cuts=(1,))).bytes
+    # Five layers beside one: weights, gradients, two slots, and a copy of weights and slots; one more temporary.
+    assert abs(second - first - (4 * 7 + 1) * LAYER) < LAYER / 4
+
+
+def test_memory_moves_the_cut_and_says_what_is_lacking():
+    unlimited = chosen(Plan(strategy="mp", workers=2, cuts=(3,)))
+    small = min(unlimited.bytes) - 20 * LAYER
+    with pytest.raises(
+        PlanError, match=r"does not fit 2 stages: stage [01] needs .* MB, .* and a worker may have .* MB"
+    ):
+        chosen(Plan(strategy="mp", workers=2, memory=small))
+
+
+def test_activations_are_computed_again_only_where_they_do_not_fit():
+    # Nothing but activations: the room for them is between one microbatch's and four's.
+    def model():
+        return nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Sigmoid()) for _ in range(10)])
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.body = nn.Linear(WIDTH, WIDTH), model()
+
+        def pipeline_blocks(self):
+            return [self.scale, *self.body]
+
+    wide = data.arrays(torch.randn(16, 100, WIDTH), torch.randn(16, 100, WIDTH))
+    this = job(Scaled, train=wide, batch_size=16)
+
+    def tried(**fields):
+        plan = Plan(strategy="mp", workers=2, schedule="gpipe", **fields)
+        return choose(this, plan, 2, 4, 4, CPU)
+
+    keeping, again = tried(recompute=False), tried(recompute=True)
+    assert (keeping.recompute, again.recompute) == (False, True)
+    assert max(again.bytes) < max(keeping.bytes)
+
+
+def test_one_stage_is_not_measured():
+    assert chosen(Plan(strategy="mp", workers=1)) == ((), False, (), ())
+
+
+def test_the_fewest_workers_that_have_room(monkeypatch):
+    from tricorn.mp import choose as module
+
+    monkeypatch.setattr(module, "own_bytes", lambda: 0)
+    room = module.FIRST_STEP + module.COPIED
+    monkeypatch.setattr(module, "limit_bytes", lambda: room + 24 * LAYER)
+    assert fewest_workers(job()) == 2
+    monkeypatch.setattr(module, "limit_bytes", lambda: room + 12 * LAYER)
+    assert fewest_workers(job()) == 6
+    monkeypatch.setattr(module, "limit_bytes", lambda: room + 5 * LAYER)
+    assert fewest_workers(job()) is None
+
+
+def cost(handed_on, kept, both):
+    return Cost(1.0, 1.0, 1.0, handed_on, kept, both, None)
+
+
+def test_bytes_of_stages():
+    weights = [
+        Held(weights={1: 100}, others={}),
+        Held(weights={2: 10}, others={9: 4}),
+        Held(weights={1: 100}, others={}),
+    ]
+    needed = stage_bytes(weights, [cost(5, 50, 5), cost(7, 30, 0), cost(1, 20, 0)], optim.SGD(lr=0.1))
+    # State: weights and gradients, a copy to save; the two largest gradients while they are made.
+    assert needed(0, 1, 1, False) == 300 + 100 + (0 + 50) + (2 * 5 + 0 + 5)
+    assert needed(0, 1, 3, False) == 300 + 100 + 3 * 50 + 15
+    assert needed(1, 2, 2, False) == 30 + 8 + 10 + 2 * (5 + 30 + 7) + (2 * 7 + 5 + 7)
+    assert needed(1, 2, 2, True) == 30 + 8 + 10 + 2 * 5 + 37 + 26
+    assert needed(0, 3, 1, False) == 330 + 8 + 110 + (50 + 30 + 20 + 1) + (2 * 7 + 1)  # tied weights count once
+
+
+def test_bytes_of_the_state():
+    assert state_bytes(100, 8, optim.Adam(lr=0.1)) == 200 + 200 + 8 + 308
+    assert state_bytes(100, 0, optim.Adam(lr=0.1), spread=2) == 200 + 100 + 150
+    assert state_bytes(100, 0, optim.FTRL(lr=0.1)) == 200 + 200 + 400

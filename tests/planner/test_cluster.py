@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from tricorn.errors import UsageError
+from tricorn.planner.cluster import here, read
+
+GOOD = """
+[[host]]
+name = "big"
+cores = 8
+memory = "16 GB"
+mbit = 25000
+
+[[host]]
+count = 3
+cores = 0.5
+speed = 0.25
+memory = 4000000000
+mbit = 100
+latency_ms = 2
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "cluster.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_lists_hosts(tmp_path: Path) -> None:
+    cluster = read(written(tmp_path, GOOD))
+    assert [host.name for host in cluster.hosts] == ["big", "host2-0", "host2-1", "host2-2"]
+    assert cluster.hosts[0].memory == 16 * 10**9
+    assert (cluster.hosts[1].cores, cluster.hosts[1].speed, cluster.hosts[1].latency) == (0.5, 0.25, 0.002)
+    assert cluster.hosts[1].bytes_per_second == 12.5e6
+    assert cluster.described
+    assert cluster.place(5, 2) == ([0, 1, 2, 3, 0], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "there is no [[host]]"),
+        ("[host]\ncores = 1", "two brackets"),
+        ("[[host]]\ncores = 1", "memory is missing"),
+        ("[[host]]\nmemory = 5", "cores is missing"),
+        ("[[host]]\ncores = 0\nmemory = 5", "cores is 0.0; give a number above 0"),
+        ("[[host]]\ncores = 'two'\nmemory = 5", "cores is 'two'"),
+        ("[[host]]\ncores = 1\nmemory = '5 elephants'", "5 elephants"),
+        ("[[host]]\ncores = 1\nmemory = -5", "memory is -5"),
+        ("[[host]]\ncores = 1\nmemory = 5\ncount = 1.5", "whole number"),
+        ("[[host]]\ncores = 1\nmemory = 5\nmbit = inf", "mbit is inf"),
+        ("[[host]]\ncores = 1\nmemory = 5\nlatency_ms = -1", "at least 0"),
+        ("[[host]]\ncores = 1\nmemory = 5\nname = 7", "give a text"),
+        ("[[host]]\ncores = 1\nmemory = 5\ngpus = 2", "GPUs cannot be planned for"),
+        ("[[hots]]\ncores = 1", "'hots' is not known"),
+        ("cores = = 2", "is not TOML"),
+        ("[[host]]\ncores = 1\nmemory = 5\ncount = 20000", "up to 10000"),
+    ],
+)
+def test_each_mistake_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(written(tmp_path, text))
+    assert said in str(caught.value).replace("cores is 0;", "cores is 0.0;")
+    assert caught.value.remedy
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(written(tmp_path, "[[host]]\nspeed = 0\n[[host]]\ncores = 1\nmemory = 'x'"))
+    assert str(caught.value).count("\n  - ") == 4
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read(tmp_path / "nowhere.toml")
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    (host,) = here().hosts
+    assert host.cores >= 1
+    assert host.memory > 10**8
+    assert not here().described

@@ -1,0 +1,145 @@
+"""Each strategy's equations on a machine of round figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tricorn.plan import Plan
+from tricorn.planner.cluster import Cluster
+from tricorn.planner.prediction import Prediction
+from tricorn.planner.profile import Profile
+from tricorn.planner.search import candidates, predicted
+
+from .world import GB, apart, ground, profile, recommender
+
+
+def cost(plan: Plan, **changes: Any) -> Prediction:
+    found = predicted(plan, ground(**changes))
+    assert isinstance(found, Prediction), found
+    return found
+
+
+@pytest.mark.parametrize("cluster", [None, apart(1), apart(4), apart(4, mbit=10.0, speed=0.25)])
+@pytest.mark.parametrize("job", [profile(), recommender()])
+def test_every_prediction_is_whole(cluster: Cluster | None, job: Profile) -> None:
+    on = ground(job, cluster)
+    plans = list(candidates(on, {}))
+    assert len(plans) >= 3
+    for plan in plans:
+        found = predicted(plan, on)
+        if isinstance(found, str):
+            continue
+        assert all(seconds >= 0 for seconds in found.terms.values()), (plan, found.terms)
+        assert 0 < found.low < found.seconds < found.high < float("inf")
+        assert found.score >= found.seconds
+        assert all(size > 10**8 for size in found.memory.values())
+        assert found.sent >= 0
+
+
+def test_more_workers_compute_sooner_and_exchange_more() -> None:
+    alone, four = cost(Plan(strategy="dp", workers=1)), cost(Plan(strategy="dp", workers=4))
+    assert four.terms["compute"] < alone.terms["compute"]
+    assert four.terms["exchange"] > alone.terms["exchange"]
+    assert (alone.sent, four.sent) == (0, 2 * 3 * 8e6)
+
+
+def test_zero_saves_memory() -> None:
+    sizes = [cost(Plan(strategy="dp", workers=4, zero=zero)).fullest[1] for zero in (0, 1, 2, 3)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_slow_link_takes_the_time_that_its_bytes_need() -> None:
+    fast = cost(Plan(strategy="dp", workers=2), cluster=apart(2, mbit=10_000))
+    slow = cost(Plan(strategy="dp", workers=2), cluster=apart(2, mbit=100))
+    (sent,) = slow.links.values()
+    assert sent == 8e6  # half of it in each of two rounds
+    assert slow.terms["wire"] == pytest.approx(0.64, rel=0.1)
+    assert slow.limit == "wire"
+    assert fast.terms["wire"] < slow.terms["wire"] / 50
+
+
+def test_what_is_sent_encoded_crosses_the_link_sooner() -> None:
+    plain, coded = (
+        cost(Plan(strategy="dp", workers=2, compress=how), cluster=apart(2, mbit=100)) for how in ("none", "int8")
+    )
+    assert coded.seconds < plain.seconds / 2
+
+
+def test_local_steps_share_one_exchange() -> None:
+    each, rarely = (
+        cost(Plan(strategy="dp", workers=2, local_steps=steps), cluster=apart(2, mbit=100)) for steps in (1, 16)
+    )
+    assert rarely.terms["wire"] < each.terms["wire"] / 10
+    assert rarely.penalty > 1
+
+
+def test_equal_shares_wait_for_a_slow_host_and_balanced_ones_do_not() -> None:
+    unlike = Cluster(hosts=(*apart(1).hosts, *apart(1, speed=0.25).hosts), described=True)
+    equal, balanced = (cost(Plan(strategy="dp", workers=2, balance=on), cluster=unlike) for on in (False, True))
+    assert equal.terms["waiting"] > balanced.terms["waiting"] + 0.01
+    assert balanced.seconds < equal.seconds
+
+
+def test_servers_share_what_their_links_carry() -> None:
+    one, two = (cost(Plan(strategy="ps", workers=4, servers=servers), cluster=apart(6, mbit=100)) for servers in (1, 2))
+    assert one.terms["wire"] == pytest.approx(2 * 4 * 8e6 / 12.5e6, rel=0.01)
+    assert two.terms["wire"] == pytest.approx(one.terms["wire"] / 2, rel=0.01)
+
+
+def test_asynchronous_workers_are_limited_by_the_servers_link() -> None:
+    found = [
+        cost(Plan(strategy="ps", workers=workers, servers=1, consistency="asp"), cluster=apart(9, mbit=100))
+        for workers in (1, 2, 4, 8)
+    ]
+    assert all(each.terms["wire"] >= 8e6 / 12.5e6 * 0.99 for each in found)
+    assert [each.penalty for each in found] == sorted(each.penalty for each in found)
+
+
+def test_only_rows_that_are_needed_travel() -> None:
+    found = cost(Plan(strategy="ps", workers=2, servers=1), job=recommender())
+    whole = cost(Plan(strategy="dp", workers=2), job=recommender())
+    assert found.sent < whole.sent / 50
+    assert found.seconds < whole.seconds / 5
+
+
+def test_tables_beside_a_dense_part_cost_its_exchange_and_their_rows() -> None:
+    job = recommender()
+    for plan in (Plan(strategy="ps+dp", workers=2, servers=1), Plan(strategy="dp", workers=2, embeddings="rows")):
+        found = cost(plan, job=job)
+        assert found.seconds < cost(Plan(strategy="dp", workers=2), job=job).seconds
+    assert isinstance(predicted(Plan(strategy="ps+dp", workers=2, servers=1), ground()), str)  # has no tables
+
+
+def test_a_pipeline_idles_less_with_more_microbatches_until_they_cost_more_than_they_save() -> None:
+    found = {
+        count: cost(Plan(strategy="mp", workers=4, microbatches=count), job=profile(batch=1.0))
+        for count in (1, 4, 16, 64)
+    }
+    idle = {count: each.terms["waiting"] / each.seconds for count, each in found.items()}
+    assert idle[1] > idle[4] > idle[16]
+    assert found[64].terms["exchange"] > found[16].terms["exchange"]
+    assert set(found[4].memory) == {f"stage {rank}" for rank in range(4)}
+    assert found[4].fullest[1] < cost(Plan(strategy="dp", workers=4), job=profile(batch=1.0)).fullest[1] + GB
+
+
+def test_replicas_of_a_pipeline_share_the_batch() -> None:
+    one, two = (
+        cost(Plan(strategy="mp", workers=4, microbatches=4, replicas=replicas), job=profile(batch=1.0))
+        for replicas in (1, 2)
+    )
+    assert set(two.memory) == {"stage 0", "stage 1"}
+    assert two.terms["waiting"] < one.terms["waiting"]
+    assert two.terms["exchange"] > one.terms["exchange"]
+
+
+@pytest.mark.parametrize("more", [{"tensor": 2}, {"schedule": "interleaved", "chunks": 2}])
+def test_what_is_not_predicted_says_so(more: dict[str, Any]) -> None:
+    plan = Plan(strategy="mp", workers=4, **more)
+    assert "is not predicted" in str(predicted(plan, ground()))
+
+
+def test_a_model_that_was_not_followed_cannot_be_a_pipeline() -> None:
+    found = predicted(Plan(strategy="mp", workers=2), ground(profile(layers=(), no_layers="it branches on its data")))
+    assert found == "it branches on its data"

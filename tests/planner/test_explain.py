@@ -1,0 +1,92 @@
+"""The reasons: every number in them is of the predictions, and another cluster gives other reasons."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tricorn.planner.explain import explain, named, seconds, size
+from tricorn.planner.ground import Ground
+from tricorn.planner.search import Planning, search
+
+from .world import GB, apart, can_run, ground, machine, profile, recommender
+
+NUMBER = re.compile(r"(?<![\w.])(\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)( (?:s|ms|us|TB|GB|MB|kB|B)\b)?")
+
+
+def reasons(on: Ground, *, approximate: bool = False) -> tuple[Planning, list[str]]:
+    found = search(on, can_run, {}, approximate=approximate)
+    return found, explain(found, on)
+
+
+def numbers_of(found: Planning, on: Ground) -> set[str]:
+    """Every number that the predictions hold, as a reason would print it."""
+    known: set[str] = {f"{on.profile.steps:,}"}
+    for p in found.ranked:
+        durations = [p.seconds, p.low, p.high, p.seconds * on.profile.steps, *p.terms.values()]
+        known |= {seconds(value) for value in durations} | {size(value) for value in p.memory.values()}
+        known |= {f"{p.penalty:.2f}"}
+    known |= {size(host.memory) for host in on.cluster.hosts}
+    texts = [named(p.plan) for p in (*found.ranked, *found.rejected)] + [
+        role for p in found.ranked for role in p.memory
+    ]
+    texts += [note for p in found.ranked for note in p.notes] + [r.reason for r in found.rejected]
+    reasons = [str(sum(1 for r in found.rejected if r.reason == each.reason)) for each in found.rejected]
+    return known | {match[0] for text in texts for match in NUMBER.finditer(text)} | {*reasons}
+
+
+@pytest.mark.parametrize(
+    "on",
+    [
+        ground(),
+        ground(recommender()),
+        ground(profile(elements=20_000, batch=0.005)),
+        ground(cluster=apart(4, mbit=100)),
+        ground(profile(elements=400_000_000, batch=2.0), apart(4, memory=5 * GB)),
+    ],
+)
+@pytest.mark.parametrize("approximate", [False, True])
+def test_every_number_is_of_the_predictions(on: Ground, approximate: bool) -> None:
+    found, said = reasons(on, approximate=approximate)
+    known = numbers_of(found, on)
+    shown = {match[0] for sentence in said for match in NUMBER.finditer(sentence)}
+    assert len(shown) > 8
+    assert shown <= known
+
+
+def test_a_slower_link_is_the_reason_to_send_less() -> None:
+    fast, _ = reasons(ground(cluster=apart(4, mbit=100_000)))
+    slow, said = reasons(ground(cluster=apart(4, mbit=10)))
+    assert fast.chosen is not None
+    assert slow.chosen is not None
+    assert sum(slow.chosen.links.values()) < sum(fast.chosen.links.values())
+    assert any("on the links takes" in sentence for sentence in said)
+
+
+def test_less_memory_is_the_reason_for_no_replica() -> None:
+    job = profile(elements=400_000_000, batch=200.0)
+    rich, _ = reasons(ground(job, apart(4, memory=64 * GB, mbit=100_000)))
+    poor, said = reasons(ground(job, apart(4, memory=5 * GB, mbit=100_000)))
+    assert rich.chosen is not None
+    assert poor.chosen is not None
+    assert rich.chosen.plan.strategy == "dp"
+    assert rich.chosen.plan.zero == 0
+    assert poor.chosen.plan.zero > 0 or poor.chosen.plan.strategy != "dp"
+    assert any("out of the question: needs" in sentence for sentence in said)
+
+
+def test_without_a_plan_it_says_so() -> None:
+    _, said = reasons(ground(profile(compute={}), machine()))
+    assert said == ["No plan can run this job here."]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.00352, "3.52 ms"), (12.3, "12.3 s"), (2e-7, "0.2 us"), (0.0, "0 us"), (5000.0, "5,000 s")]
+)
+def test_seconds_have_a_unit(value: float, shown: str) -> None:
+    assert seconds(value) == shown
+
+
+def test_bytes_have_a_unit() -> None:
+    assert [size(value) for value in (0, 512, 2048, 3.5e9)] == ["0 B", "512 B", "2.05 kB", "3.5 GB"]

@@ -1,0 +1,112 @@
+"""The verbs: a plan is made, written, trained with, and held against what the run was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tricorn
+from tricorn.errors import PlanError
+from tricorn.planner import auto, store
+from tricorn.planner.cluster import Cluster
+
+from .world import links
+
+TRICORN = Path(sys.executable).with_name("tricorn")
+JOB = """
+import torch, tricorn
+x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+job = tricorn.Job(
+    model=lambda: torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)),
+    loss=torch.nn.functional.mse_loss, optimizer=tricorn.optim.SGD(lr=0.01),
+    train=tricorn.data.arrays(x, x.sum(1, keepdim=True)), batch_size=16, epochs=3)
+broken = tricorn.Job(
+    model=lambda: torch.nn.Linear(3, 1), loss=torch.nn.functional.mse_loss, optimizer=tricorn.optim.SGD(lr=0.01),
+    train=tricorn.data.arrays(x, x.sum(1, keepdim=True)), batch_size=16, epochs=3)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job, on a machine that was measured before."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "job.py").write_text(JOB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRICORN_CACHE", str(folder / "cache"))
+        store.save_links(links())
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRICORN_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [TRICORN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
+    cold = run(place, "plan", "job.py", "--json", "-o", "plan.json")
+    assert cold.returncode == 0, cold.stderr
+    found = json.loads(cold.stdout)
+    assert "measuring the job" in cold.stderr
+    assert json.loads((place / "plan.json").read_text()) == found["chosen"]
+    assert {plan["plan"]["strategy"] for plan in found["plans"]} >= {"dp", "ps"}
+    assert all(abs(sum(plan["terms"].values()) - plan["seconds"]) < 1e-9 for plan in found["plans"])
+
+    began = time.monotonic()
+    warm = run(place, "plan", "job.py")
+    assert time.monotonic() - began < 10  # nothing is measured, and PyTorch is not even loaded
+    assert not warm.stderr
+    assert found["reasons"][0] in warm.stdout
+
+    done = run(place, "train", "job.py", "--plan", "plan.json", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["plan"] == found["chosen"]
+    assert set(summary["measured"]) == {"step", "data", "compute", "exchange"}
+    (chosen,) = [plan for plan in found["plans"] if plan["plan"] == found["chosen"]]
+    assert summary["predicted"]["step"] == pytest.approx(chosen["seconds"])
+    assert summary["worst_term"] in ("compute", "data", "exchange")
+    assert "furthest off" in done.stderr
+
+
+def test_a_job_whose_code_fails_is_trained_all_the_same_to_show_its_error(place: Path) -> None:
+    failed = run(place, "train", "job.py:broken")
+    assert failed.returncode == 1, failed.stderr
+    assert "nothing can be predicted" in failed.stderr
+    assert "mat1 and mat2 shapes cannot be multiplied" in failed.stderr.splitlines()[-2]
+    assert "Traceback" not in failed.stderr
+
+
+def test_mistakes_are_told_without_a_traceback(place: Path) -> None:
+    (place / "cluster.toml").write_text("[[host]]\ncores = 0")
+    (place / "not.json").write_text("{}")
+    for arguments, said in (
+        (["plan", "job.py", "--cluster", "cluster.toml"], "cores is 0"),
+        (["plan", "nowhere.py"], "there is no file nowhere.py"),
+        (["train", "job.py", "--plan", "not.json"], "is no plan"),
+    ):
+        failed = run(place, *arguments)
+        assert failed.returncode == 2, failed.stderr
+        assert said in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_options_that_no_strategy_has_together_are_the_runs_to_refuse() -> None:
+    plan, prediction = auto.choose(("nowhere.py", "job"), {"zero": 1, "consistency": "asp"}, print)
+    assert plan.mistakes()
+    assert prediction is None
+    with pytest.raises(PlanError, match="workers"):
+        auto.settled("dp", {"workers": "many"})
+
+
+def test_it_can_be_called_from_python() -> None:
+    assert callable(tricorn.plan)
+    assert tricorn.Plan(strategy="dp").workers == 2
+    assert Cluster.__module__ == "tricorn.planner.cluster"
