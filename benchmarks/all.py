@@ -12,6 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
     "same_numbers",
+    "text",
+    "fit",
     "startup",
     "recovery",
     "collectives",
@@ -19,6 +21,7 @@ BENCHMARKS = (
     "slow_link",
     "mp",
     "mp_cut",
+    "simulate",
     "ps_table",
     "ps_wire",
     "ps_ctr",

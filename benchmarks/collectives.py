@@ -52,7 +52,10 @@ def copying(size: int) -> Callable[[], object]:
 
 
 def timed(call: Callable[[], object], seconds: float) -> float:
-    """Seconds a call. Every rank makes as many as fit into that time on rank 0, at least one."""
+    """Seconds a call, on the rank that took longest.
+
+    Every rank makes as many calls as fit into that time on rank 0, at least one.
+    """
     call()  # what is new to a system it learns here
     dist.barrier()
     began = time.perf_counter()
@@ -64,7 +67,9 @@ def timed(call: Callable[[], object], seconds: float) -> float:
     began = time.perf_counter()
     for _ in range(repeat):
         call()
-    return (time.perf_counter() - began) / repeat
+    slowest = torch.tensor([(time.perf_counter() - began) / repeat], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # the root of a broadcast has done before the others
+    return float(slowest)
 
 
 def measure(rank: int, ranks: int, folder: Path, rounds: int, pipe: Connection) -> None:

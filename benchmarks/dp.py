@@ -23,18 +23,19 @@ PEERS = ROOT / "benchmarks" / "peers"
 sys.path.insert(0, str(JOBS.parent))
 
 
-def tricorn(job: str, *arguments: str, slow: Cgroup | None = None, **environment: str):
-    """One run: its milliseconds a step over the last half, the peak memory of its workers in MB, its weights."""
-    with tempfile.TemporaryDirectory() as runs:
+def tricorn(job: str, *arguments: str, slow: Cgroup | None = None, watch: bool = False, **environment: str):
+    """One run: its milliseconds a step over the last half, the peak memory of its workers in MB, its weights.
+
+    The peak is there if ``watch`` asks for it: to look at a process's memory holds that process up.
+    """
+    with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryFile("w+") as said:
         command = [TRICORN, "train", f"{JOBS}:{job}", "--strategy", "dp", "--workers", "2", "--threads", "1",
                    "--runs", runs, "--json", *arguments]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | environment)
         folder, peak = Path(runs) / "latest", {}
         moved = slow is None
         while process.poll() is None:
-            for role, pid in _roles(folder).items():
+            for role, pid in _roles(folder).items() if watch else ():
                 if role.startswith("worker-"):
                     peak[role] = max(peak.get(role, 0), _peak(pid))
             if not moved and (pid := _roles(folder).get("worker-1")):
@@ -43,7 +44,8 @@ def tricorn(job: str, *arguments: str, slow: Cgroup | None = None, **environment
                 moved = True
             time.sleep(0.05)
         if process.returncode:
-            raise RuntimeError(process.stderr.read())
+            said.seek(0)
+            raise RuntimeError(said.read())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         times = [row["time"] for row in rows if "loss" in row]
         half = len(times) // 2
@@ -54,7 +56,8 @@ def tricorn(job: str, *arguments: str, slow: Cgroup | None = None, **environment
         weights = {}
         for shard in last.glob("*.safetensors"):
             weights |= {key: flat for key, flat in load_file(shard).items() if key.startswith("param/")}
-        return milliseconds, max(peak.values()) / 2**20, torch.cat([weights[key] for key in sorted(weights)])
+        largest = max(peak.values(), default=0) / 2**20
+        return milliseconds, largest, torch.cat([weights[key] for key in sorted(weights)])
 
 
 def _roles(folder: Path) -> dict[str, int]:
@@ -73,13 +76,16 @@ def _peak(pid: int) -> int:
 
 
 def pair(program: str, *before_rank: str, after: tuple[str, ...] = ()) -> list[str]:
-    """What each of two ranks of a peer prints."""
+    """What each of two ranks of a peer prints. Raises RuntimeError when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     commands = [[sys.executable, str(PEERS / program), *before_rank, str(rank), port, *after] for rank in range(2)]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    return [rank.communicate()[0] for rank in ranks]
+    printed = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"{program} has failed; what it said is above")
+    return printed
 
 
 def peer(kind: str) -> float:
@@ -91,14 +97,17 @@ def steps(report, rounds: int) -> None:
         "tricorn dp": lambda: tricorn("job")[0],
         "tricorn dp, zero=1": lambda: tricorn("job", "--zero", "1")[0],
         "DDP on Gloo": lambda: peer("ddp"),
+        "DDP on Gloo, buckets as gradients": lambda: peer("ddp-view"),
+        "two that meet once a step": lambda: peer("meet"),
         "two that never talk": lambda: peer("alone"),
     }
     found: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for name, measure in systems.items():
+    for turn in range(rounds):
+        for name, measure in list(systems.items())[:: 1 if turn % 2 else -1]:
             found[name].append(measure())
     median = {name: report.row(name, "step of the MLP, AdamW", figures, "ms") for name, figures in found.items()}
-    report.bar("DDP on Gloo / tricorn dp", median["DDP on Gloo"] / median["tricorn dp"], at_least=1.8)
+    for name in ("DDP on Gloo", "DDP on Gloo, buckets as gradients"):
+        report.bar(f"{name} / tricorn dp", median[name] / median["tricorn dp"], at_least=1.8)
     report.bar("tricorn dp / two that never talk", median["tricorn dp"] / median["two that never talk"], at_most=1.2)
 
 
@@ -115,7 +124,7 @@ def programs(report, rounds: int) -> None:
 def memory(report) -> None:
     held = {}
     for zero in range(4):
-        held[zero] = tricorn("large", "--zero", str(zero))[1]
+        held[zero] = tricorn("large", "--zero", str(zero), watch=True)[1]
         report.row(f"tricorn dp, zero={zero}", "peak of a worker, 34.1 M weights", [held[zero]], "MB")
     for zero in range(1, 4):
         report.bar(f"peak, zero={zero} / zero={zero - 1}", held[zero] / held[zero - 1], at_most=1.0)
@@ -139,7 +148,7 @@ def balance(report) -> None:
             group.close()
         found[name] = report.row(name, "step, one worker at a quarter speed", [milliseconds], "ms")
         distance = float((weights - expected).norm() / expected.norm())
-        report.bar(f"{name}: weights from the undisturbed run's", distance, at_most=1e-5)
+        report.bar(f"{name}: weights from the undisturbed run's, in float64", distance, at_most=1e-5)
     report.bar("equal shares / balanced", found["equal shares"] / found["balanced"], at_least=1.8)
 
 

@@ -1,16 +1,20 @@
-"""Model parallel training of an MLP and a transformer: pipelines of two workers, one thread each, on one host.
+"""Model parallel training: pipelines of two workers, one thread each, on one host, beside the peer and beside an ideal.
 
 The step of every schedule is timed beside ``torch.distributed.pipelining``'s on Gloo with the same model, cut,
-schedule, microbatches and optimizer (AdamW, fused), in processes of the same kind that do nothing else: the mean over
-the second half of the steps, between two barriers. The *ideal* is the simulated step of the same order of work, with
-the seconds that forward, backward and update take in processes that compute at the same time but never wait for each
-other: work and bubble, and no message. Layers split among the workers are timed by mp_tensor.py.
+schedule, microbatches and optimizer (AdamW, fused). Both run in the same two processes, in turn, and malloc keeps what
+is freed for both: a ratio is of two neighbouring moments of one machine. The *ideal* is the step of the same order of
+work, with the seconds that each action took when both workers compute at the same time but never wait for each other:
+work and bubble, and no message.
+
+The stages of ``small`` work for 0.3 ms a microbatch and direction, those of ``mlp`` for 2, those of ``transformer`` for
+25 and more: there both systems spend nearly all of a step in the same products of matrices.
+
+Layers split among the workers are timed by mp_tensor.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,27 +22,29 @@ import sys
 import mp_tensor
 from common import ROOT, options
 
-from tricorn.mp.schedule import order
-from tricorn.mp.simulate import Work, simulate
+from tricorn.mp.schedule import Action, needed, order, target
 
 RANK = ROOT / "benchmarks" / "jobs" / "pipeline_rank.py"
-PEER = ROOT / "benchmarks" / "peers" / "pipeline_torch.py"
 RANKS = 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-MICROBATCHES = {"mlp": 8, "transformer": 8}
-STEPS = {"mlp": "60", "transformer": "8"}
-CASES = ("mlp", "transformer")
+MICROBATCHES = 8
+MODELS = {"small": (15, 40), "mlp": (15, 10), "transformer": (5, 1)}  # rounds, and steps in each
 
 
-def tricorn(kind: str, model: str, schedule: str) -> list:
-    """What each rank prints."""
+def measured(model: str, rounds: int) -> list[list]:
+    """Of each rank, each round and each schedule: milliseconds of a step of Tricorn's and of the peer's, and the
+    seconds of each action.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    what, steps = ",".join((model, *SCHEDULES)), MODELS[model][1]
     ranks = [
         subprocess.Popen(
-            [sys.executable, RANK, kind, model, schedule, str(MICROBATCHES[model]), str(rank), str(RANKS)],
+            [sys.executable, RANK, what, *map(str, (MICROBATCHES, rank, rounds, steps)), port],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PIPELINE_STEPS": STEPS[model]},
         )
         for rank in range(RANKS)
     ]
@@ -49,69 +55,66 @@ def tricorn(kind: str, model: str, schedule: str) -> list:
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
-def peer(model: str, schedule: str) -> float:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PEER, model, schedule, str(MICROBATCHES[model]), str(rank), str(RANKS), port],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"PIPELINE_STEPS": STEPS[model]},
-        )
-        for rank in range(RANKS)
-    ]
-    return max(float(rank.communicate()[0]) for rank in ranks)
+def replayed(orders: list[list[Action]], seconds: list[list[float]], chunks: int) -> float:
+    """Milliseconds of a step in which each action takes what it took, and messages nothing."""
+    ends: dict = {}
+    clocks, at = [0.0] * RANKS, [0] * RANKS
+    while any(done < len(actions) for done, actions in zip(at, orders, strict=True)):
+        for rank, actions in enumerate(orders):
+            for action, took in zip(actions[at[rank] :], seconds[rank][at[rank] :], strict=False):
+                parcel = needed(action, rank, RANKS, chunks)
+                if parcel is not None and parcel not in ends:
+                    break
+                clocks[rank] = max(clocks[rank], ends.get(parcel, 0.0)) + took
+                ends[target(action, rank, RANKS, chunks)] = clocks[rank]
+                at[rank] += 1
+    return 1e3 * (max(clocks) + max(each[-1] for each in seconds))
 
 
-def ideal(model: str, schedule: str) -> float:
-    """Milliseconds of a step without messages."""
-    measured = tricorn("alone", model, schedule)
-    chunks = len(measured[0]) - 1
-    works = [Work(*measured[rank][chunk]) for chunk in range(chunks) for rank in range(RANKS)]
-    orders = [order(schedule, rank, RANKS, MICROBATCHES[model], chunks) for rank in range(RANKS)]
-    return 1e3 * (simulate(orders, works).seconds + max(row[-1][0] for row in measured))
-
-
-def pipelines(report, model: str, rounds: int) -> None:
+def pipelines(report, model: str) -> None:
+    rounds, _ = MODELS[model]
+    found = list(zip(*measured(model, max(3, rounds // 3) if report.quick else rounds), strict=True))
     steps: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds):
-        for schedule in SCHEDULES:
-            for system, measure in (
-                ("tricorn mp", lambda schedule=schedule: max(tricorn("run", model, schedule))),
-                ("torch.distributed.pipelining", lambda schedule=schedule: peer(model, schedule)),
-                ("ideal", lambda schedule=schedule: ideal(model, schedule)),
-            ):
-                steps.setdefault((system, schedule), []).append(measure())
-    case = f"{model}, {MICROBATCHES[model]} microbatches"
-    median = {key: report.row(key[0], f"{case}, {key[1]}", figures, "ms") for key, figures in steps.items()}
+    for number, schedule in enumerate(SCHEDULES):
+        chunks = 2 if schedule == "interleaved" else 1
+        orders = [order(schedule, rank, RANKS, MICROBATCHES, chunks) for rank in range(RANKS)]
+        for each in found:
+            ours, theirs, seconds = zip(*(rank[number] for rank in each), strict=True)
+            row = {
+                "tricorn mp": max(ours),
+                "torch.distributed.pipelining": max(theirs),
+                "ideal": replayed(orders, seconds, chunks),
+            }
+            for system, figure in row.items():
+                steps.setdefault((system, schedule), []).append(figure)
+    for (system, schedule), figures in steps.items():
+        report.row(system, f"{model}, {schedule}", figures, "ms")
     for schedule in SCHEDULES:
-        ours, theirs = median["tricorn mp", schedule], median["torch.distributed.pipelining", schedule]
-        report.bar(f"{model}, {schedule}: pipelining / tricorn", theirs / ours, at_least=AT_LEAST[model])
-    for schedule in SCHEDULES:
-        reached = median["ideal", schedule] / median["tricorn mp", schedule]
-        report.bar(f"{model}, {schedule}: ideal / tricorn", reached, at_least=0.85)
-    # By round, for both of a round ran on the machine as it was then.
-    for system in ("tricorn mp", "ideal"):
-        pairs = zip(steps[system, "1f1b"], steps[system, "zero-bubble"], strict=True)
-        report.row(system, f"{case}, 1f1b / zero-bubble", [one / other for one, other in pairs], "x")
+        ours = steps["tricorn mp", schedule]
+        faster = ratios(steps["torch.distributed.pipelining", schedule], ours)
+        times = report.row("pipelining / tricorn", f"{model}, {schedule}", faster, "x")
+        report.bar(f"{model}, {schedule}: pipelining / tricorn", times, at_least=1.3)
+        reached = report.row("ideal / tricorn", f"{model}, {schedule}", ratios(steps["ideal", schedule], ours), "x")
+        if model == "transformer":
+            report.bar(f"{model}, {schedule}: ideal / tricorn", reached, at_least=0.85)
+    for system in ("tricorn mp", "torch.distributed.pipelining", "ideal"):
+        gained = ratios(steps[system, "1f1b"], steps[system, "zero-bubble"])
+        report.row(system, f"{model}, 1f1b / zero-bubble", gained, "x")
 
 
-# The transformer's stages work for a quarter of a second: messages and bookkeeping are a small part of it.
-AT_LEAST = {"mlp": 1.3, "transformer": 1.0}
+def ratios(ones: list[float], others: list[float]) -> list[float]:
+    """By round, for both of a round ran on the machine as it was then."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
 
 
 def main() -> None:
     split = {f"tensor {model}": model for model in mp_tensor.CASES}
-    report, chosen = options("model parallel training, two workers, one thread each", (*CASES, *split))
-    for case in chosen.case or (*CASES, *split):
-        rounds = 1 if chosen.quick else 5
+    report, chosen = options("model parallel training, two workers, one thread each", (*MODELS, *split))
+    for case in chosen.case or (*MODELS, *split):
         if case in split:
-            mp_tensor.tensors(report, split[case], rounds)
+            mp_tensor.tensors(report, split[case], 1 if chosen.quick else 5)
         else:
-            pipelines(report, case, rounds)
+            pipelines(report, case)
     report.print(chosen.json)
 
 

@@ -1,185 +1,268 @@
 """Does the planner predict, and choose, rightly? Predictions are written down first; then every plan is measured.
 
-For four jobs that its equations were not made for, on clusters of this machine: itself, and, with full rounds, hosts
-joined by links of 1 Gbit/s and 100 Mbit/s, of which one may be slow.
+For four jobs that its equations were not made for, on clusters of one to four hosts. A piece is one job on one cluster
+(``--case mlp --cluster 2-100``): it writes its predictions into a file of its own, then measures plan after plan until
+its ``--minutes`` are over, and goes on where it was when it is called again. ``--summary`` says what all pieces came
+to. Without any of these all jobs are measured on the usual clusters, which takes hours.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
-import itertools
 import json
+import math
 import os
+import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from common import ROOT, Report, options
+import msgspec
+from common import ROOT, Report
+from planner_judged import SLOW, SPARSE, Case, Run, baselines
+from planner_places import EVERY, SOME, SPEEDS, Place, described, place
 
 from tricorn import planner
-from tricorn.engine.hosts import on_hosts
-from tricorn.engine.local import LocalEngine
 from tricorn.errors import TricornError
-from tricorn.planner.cluster import Cluster
-from tricorn.planner.cluster import Host as Described
+from tricorn.plan import Plan
 from tricorn.planner.explain import named
 from tricorn.planner.prediction import Prediction
 from tricorn.planner.search import exact
 from tricorn.run import execute, timing_of
-from tricorn.testing.hosts import Host, hosts, hosts_unavailable
+from tricorn.testing.hosts import hosts_unavailable
 
 JOBS = ROOT / "benchmarks" / "jobs" / "planned.py"
 CASES = ("mlp", "cnn", "transformer", "recommender")
-NOISE = 0.05  # plans that differ by less than this are ties
+SECONDS = 2.0  # that the steps of a run should take together
+STEPS = range(10, 101, 10)  # of a run: whole epochs
+SLOW_MBIT = 200.0
+FIRST = 5  # of the planner's plans, and what others would choose: measured before the rest
+GROUP = 8  # plans whose runs are interleaved
 
 
-@dataclass(frozen=True)
-class Place:
-    """A cluster: as it is described to the planner, and the engine that runs on it."""
-
-    name: str
-    cluster: Cluster | None
-    engine: Callable
+def key_of(plan: Plan) -> str:
+    return msgspec.json.encode(plan).decode()
 
 
-@contextlib.contextmanager
-def places(quick: bool) -> Iterator[list[Callable[[], contextlib.AbstractContextManager[Place]]]]:
-    yield [here] if quick or hosts_unavailable() else [
-        here, *(lambda mbit=mbit, slow=slow: apart(mbit, slow) for mbit in (1000, 100) for slow in (False, True))
-    ]  # fmt: skip
+def predict(case: str, cluster: str, given: dict[str, int], file: Path) -> dict:
+    """What the planner says of the case, from the file if it has said it before; with measurements of its own."""
+    if not file.exists():
+        with _cache(file.parent / "cache"):
+            found = planner.plan((str(JOBS), case), given, cluster=described(cluster))
+        mbit = SPEEDS.get(cluster.split("-")[1]) if "-" in cluster else None
+        traits = [SPARSE] * bool(found.ground.profile.tables) + [SLOW] * (mbit is not None and mbit < SLOW_MBIT)
+        said = {
+            "case": case, "cluster": cluster, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "chosen": key_of(found.best), "traits": traits,
+            "predictions": [each.as_dict() for each in found.ranked],
+            "rejected": Counter(each.reason for each in found.rejected),
+        }  # fmt: skip
+        file.write_text(json.dumps(said))
+    return json.loads(file.read_text())
 
 
-@contextlib.contextmanager
-def here() -> Iterator[Place]:
-    yield Place("this machine", None, LocalEngine)
+def predictions_of(said: dict) -> dict[str, Prediction]:
+    """By plan, the best first."""
+    found = [msgspec.convert(each, Prediction) for each in said["predictions"]]
+    return {key_of(each.plan): each for each in found}
 
 
-@contextlib.contextmanager
-def apart(mbit: float, slow: bool) -> Iterator[Place]:
-    cores = [1.0, 0.25 if slow else 1.0]
-    with hosts(*(Host(mbit=mbit, cores=each) for each in cores)) as running:
-        described = tuple(
-            Described(name=f"host{number}", cores=1, speed=each, memory=8 * 10**9, mbit=mbit, latency=1e-4)
-            for number, each in enumerate(cores)
-        )
-        name = f"2 hosts, {mbit:g} Mbit/s" + (", one at a quarter speed" if slow else "")
-        yield Place(name, Cluster(hosts=described, described=True), on_hosts(*running))
+def order(predictions: dict[str, Prediction], said: dict) -> tuple[list[str], list[str]]:
+    """The plans that decide, and all others: by chance, those that train as one process would first."""
+    able = [key for key, each in predictions.items() if exact(each.plan)]
+    others = [key for key in baselines(predictions, said["traits"]).values() if key]
+    first = list(dict.fromkeys([said["chosen"], *able[:FIRST], *others]))
+    rest = [key for key in predictions if key not in first]
+    random.Random(0).shuffle(rest)
+    return first, sorted(rest, key=lambda key: not exact(predictions[key].plan))
 
 
-@dataclass(frozen=True)
-class Run:
-    """Of one plan: seconds of a step, infinite if it failed, bytes sent in one, the most memory of a role."""
+def todo(groups: Sequence[Sequence[str]], steps: dict[str, int], rounds: int, done: Counter[str]) -> Iterator[tuple]:
+    """(plan, steps) of each run that is left: rounds interleaved, of which the second is twice as long."""
+    for group in groups:
+        for number in range(rounds):
+            for key in group:
+                if done[key] <= number:
+                    yield key, steps[key] * (2 if number == 1 else 1)
 
-    seconds: float
-    sent: float = 0.0
-    memory: int = 0
 
-
-def measure(place: Place, name: str, prediction: Prediction) -> Run:
-    """Train with the plan."""
-    with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stderr(io.StringIO()):
+def measure(where: Place, case: str, plan: Plan, steps: int) -> Run:
+    """Train with the plan; a failure is a run that takes for ever."""
+    before = where.traffic()
+    with (
+        tempfile.TemporaryDirectory() as runs,
+        contextlib.redirect_stderr(io.StringIO()),
+        _cache(Path(runs, "cache")),
+    ):
         try:
-            summary, _ = execute(
-                place.engine, (str(JOBS), name), prediction.plan, timing_of("1000s", 30.0), runs=Path(runs), folder=None
-            )
+            timing = timing_of("1000s", 30.0)
+            job = (str(JOBS), f"{case}@{steps}")
+            summary, _ = execute(where.engine, job, plan, timing, runs=Path(runs), folder=None)
         except TricornError as error:
-            print(f"{named(prediction.plan)}: {error}", file=sys.__stderr__)
-            return Run(float("inf"))
-        roles = {role: size for role, size in summary["peak_bytes"].items() if role != "coordinator"}
-        return Run(summary["measured"]["step"], summary["bytes_sent"] / summary["steps"], max(roles.values()))
+            return Run(plan=key_of(plan), steps=steps, error=str(error))
+    over = [max(now - old for now, old in zip(after, before[host], strict=True))
+            for host, after in where.traffic().items()]  # fmt: skip
+    return Run(
+        plan=key_of(plan), steps=steps, seconds=summary["measured"]["step"], link=max(over, default=0),
+        memory=max(size for role, size in summary["peak_bytes"].items() if role != "coordinator"),
+    )  # fmt: skip
 
 
-def tau(pairs: list[tuple[float, float]]) -> float:
-    """Kendall's rank correlation of predicted and measured, where what differs by less than the noise is left out."""
-    signs = [
-        1 if (a[0] - b[0]) * (a[1] - b[1]) > 0 else -1
-        for a, b in itertools.combinations(pairs, 2)
-        if abs(a[1] - b[1]) > NOISE * min(a[1], b[1])
+@contextlib.contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """What is measured is kept there: predictions must not learn from the runs that they are held against."""
+    old = os.environ.get("TRICORN_CACHE")
+    os.environ["TRICORN_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("TRICORN_CACHE")
+        if old is not None:
+            os.environ["TRICORN_CACHE"] = old
+
+
+def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, quick: bool) -> None:
+    """Predict, then measure until time is up or everything is measured."""
+    until = time.monotonic() + 60 * minutes
+    given = {"threads": 1} if cluster != "1" else {}
+    said = predict(case, cluster, given, out / f"{case}@{cluster}.json")
+    predictions = predictions_of(said)
+    first, rest = order(predictions, said)
+    rest = [] if quick else rest
+    groups = [first, *(rest[start : start + GROUP] for start in range(0, len(rest), GROUP))]
+    steps = {key: _steps(predictions[key].seconds) for key in predictions}
+    results = out / "results.jsonl"
+    done = Counter(run.plan for run in runs_of(results, case, cluster))
+    with place(cluster, (str(JOBS), case)) as where:
+        for key, count in todo(groups, steps, rounds, done):
+            if time.monotonic() + predictions[key].seconds * count > until:
+                print(f"{case} on {cluster}: to be gone on with", file=sys.stderr)
+                return
+            run = measure(where, case, predictions[key].plan, count)
+            with results.open("a") as file:
+                file.write(json.dumps({"case": case, "cluster": cluster, **vars(run)}) + "\n")
+            print(
+                f"{case} on {cluster}: {named(predictions[key].plan)}: predicted {1e3 * predictions[key].seconds:.2f} "
+                f"ms, {run.error or f'measured {1e3 * run.seconds:.2f}'}",
+                file=sys.stderr,
+            )
+
+
+def _steps(seconds: float) -> int:
+    wanted = 10 * math.ceil(SECONDS / seconds / 10)
+    return min(max(wanted, STEPS[0]), STEPS[-1])
+
+
+def runs_of(results: Path, case: str, cluster: str) -> list[Run]:
+    """All that were measured of the case."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [
+        Run(**{key: value for key, value in row.items() if key not in ("case", "cluster")})
+        for row in rows
+        if (row["case"], row["cluster"]) == (case, cluster)
     ]
-    return sum(signs) / len(signs) if signs else 1.0
 
 
-def rules(found: dict[str, tuple[Prediction, float]], sparse: bool) -> dict[str, str | None]:
-    """What others would choose: always one strategy, rules of thumb, arithmetic alone."""
-    plans = {name: prediction.plan for name, (prediction, _) in found.items()}
-    most = max(plan.workers for plan in plans.values())
-
-    def first(fits: Callable) -> str | None:
-        return next((name for name, plan in plans.items() if plan.workers == most and fits(plan)), None)
-
-    always = {
-        "always DDP": first(lambda p: p.strategy == "dp" and not p.zero and p.embeddings == "whole"),
-        "always FSDP": first(lambda p: p.strategy == "dp" and p.zero == 3),
-        "always PS": first(lambda p: p.strategy == "ps" and p.synchronous),
-    }
-    flops = min(found, key=lambda name: (found[name][0].terms["compute"], name))
-    return {
-        **always, "rules of thumb": always["always PS" if sparse else "always DDP"], "arithmetic only": flops,
-    }  # fmt: skip
+def cases_in(out: Path) -> Iterator[tuple[str, Case]]:
+    """Every piece of which something was measured."""
+    for file in sorted(out.glob("*@*.json")):
+        said = json.loads(file.read_text())
+        if runs := runs_of(out / "results.jsonl", said["case"], said["cluster"]):
+            predictions = predictions_of(said)
+            case = Case(predictions, said["chosen"], said["traits"], [run for run in runs if run.plan in predictions])
+            if case.exact:
+                yield f"{said['case']} on {said['cluster']}", case
 
 
-def judge(report: Report, place: Place, name: str, rounds: int, out: Path) -> dict[str, float]:
-    """Predict, measure, compare; the regret of each way to choose."""
-    planned = planner.plan((str(JOBS), name), cluster=place.cluster)
-    ranked = [p for p in planned.ranked if exact(p.plan)]
-    case = f"{name}, {place.name}"
-    (out / f"{case}.json").write_text(json.dumps([p.as_dict() for p in ranked]))
-    found: dict[str, tuple[Prediction, float]] = {}
-    errors, sizes, memory = [], [], []
-    for prediction in ranked:
-        taken = [measure(place, name, prediction) for _ in range(rounds)]
-        seconds = statistics.median(run.seconds for run in taken)
-        label = named(prediction.plan)
-        print(
-            f"  {case}: {label}: predicted {1e3 * prediction.seconds:.2f} ms, measured {1e3 * seconds:.2f}",
-            file=sys.stderr,
-        )
-        if seconds == float("inf"):
-            continue
-        found[label] = prediction, seconds
-        errors.append(abs(prediction.seconds / seconds - 1))
-        sizes.append(abs(prediction.sent - taken[0].sent) / max(taken[0].sent, 1e5))
-        memory.append(prediction.fullest[1] / max(run.memory for run in taken) - 1)
-        report.row(label, f"{case}: predicted", [1e3 * prediction.seconds], "ms")
-        report.row(label, f"{case}: measured", [1e3 * run.seconds for run in taken], "ms")
-    best = min(seconds for _, seconds in found.values())
-    choices = {"planner": named(planned.best), **rules(found, bool(planned.ground.profile.tables))}
-    regrets = {way: found[label][1] / best - 1 for way, label in choices.items() if label in found}
-    for way, regret in regrets.items():
-        report.row(way, f"{case}: slower than the best", [100 * regret], "%")
-    report.row("planner", f"{case}: error of a step, median", [100 * statistics.median(errors)], "%")
-    report.row("planner", f"{case}: error of a step, worst", [100 * max(errors)], "%")
-    report.row("planner", f"{case}: error of bytes, median", [100 * statistics.median(sizes)], "%")
-    report.row("planner", f"{case}: memory beside what was measured", [100 * each for each in memory], "%")
-    report.row("planner", f"{case}: Kendall's tau", [tau([(p.score, s) for p, s in found.values()])], "")
-    return regrets
+def judge(report: Report, cases: dict[str, Case]) -> None:
+    """A row for each figure of each case, the same of all of them, and the bars."""
+    regrets: dict[str, list[float]] = {}
+    for name, case in cases.items():
+        plans = [*case.measured.values()]
+        report.row(name, "plans measured, of those that can run", [len(plans)], f"of {len(case.predictions)}")
+        report.row(name, "noise: range of a plan's runs", [100 * case.noise], "%")
+        _spread(report, name, "error of a step", [100 * abs(each.time_error) for each in plans])
+        report.row(name, "error of memory, signed", [100 * each.memory_error for each in plans], "%")
+        if errors := [100 * each.link_error for each in plans if each.link_error is not None and each.runs[0].link]:
+            _spread(report, name, "error of bytes on the busiest link", errors)
+        report.row(name, "Kendall's tau", [case.tau()], "")
+        report.row(name, "false fits", [case.false_fits()[0]], f"of {case.false_fits()[1]}")
+        report.row(name, "plans that failed", [len(case.failed)], "")
+        for way, regret in case.regrets().items():
+            regrets.setdefault(way, []).append(regret)
+            if regret < float("inf"):
+                report.row(name, f"regret of {way}", [100 * regret], "%")
+    everything = [each for case in cases.values() for each in case.measured.values()]
+    _spread(report, "all", "error of a step", [100 * abs(each.time_error) for each in everything])
+    report.row("all", "error of memory, signed", [100 * each.memory_error for each in everything], "%")
+    for way, found in regrets.items():
+        able = [100 * regret for regret in found if regret < float("inf")]
+        if len(able) < len(found):
+            report.row("all", f"cases in which {way} has a plan that runs", [len(able)], f"of {len(found)}")
+        if able:
+            report.row("all", f"mean regret of {way}", [statistics.mean(able)], "%")
+    _bars(report, cases, regrets)
+
+
+def _bars(report: Report, cases: dict[str, Case], regrets: dict[str, list[float]]) -> None:
+    everything = [each for case in cases.values() for each in case.measured.values()]
+    own = statistics.mean(regrets["planner"])
+    report.bar("mean regret, %", 100 * own, at_most=5)
+    report.bar("worst regret, %", 100 * max(regrets["planner"]), at_most=15)
+    report.bar("Kendall's tau, mean", statistics.mean(case.tau() for case in cases.values()), at_least=0.85)
+    report.bar(
+        "error of a step, median, %", 100 * statistics.median(abs(each.time_error) for each in everything), at_most=10
+    )
+    links = [each.link_error for each in everything if each.link_error is not None and each.runs[0].link]
+    if links:
+        report.bar("error of bytes, nine of ten plans, %", 100 * _percentile(links, 0.9), at_most=2)
+    report.bar("false fits", sum(case.false_fits()[0] for case in cases.values()), at_most=0)
+    report.bar("plans that failed", sum(len(case.failed) for case in cases.values()), at_most=0)
+    for way, found in regrets.items():
+        able = [regret for regret in found if regret < float("inf")]
+        if way != "planner" and able:  # to have no plan at all counts nothing here, which is kind
+            others = statistics.mean(able)
+            report.bar(f"mean regret of {way}, beyond the planner's, %", 100 * (others - own), at_least=0.01)
+
+
+def _spread(report: Report, name: str, what: str, errors: list[float]) -> None:
+    report.row(name, f"{what}, median", errors, "%")
+    report.row(name, f"{what}, nine of ten", [_percentile(errors, 0.9)], "%")
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def main() -> None:
-    report, chosen = options("the planner's predictions and choices", cases=CASES)
-    os.environ["PLANNED_STEPS"] = "80" if chosen.quick else "200"
-    cases = chosen.case or (CASES[:3] if chosen.quick else CASES)
-    regrets: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as out, places(chosen.quick) as listed:
-        for make, name in itertools.product(listed, cases):
-            with make() as place:
-                for way, regret in judge(report, place, name, 1 if chosen.quick else 3, Path(out)).items():
-                    regrets.setdefault(way, []).append(regret)
-    means = {
-        way: report.row(way, "all: mean regret", [100 * statistics.mean(all_)], "%") for way, all_ in regrets.items()
-    }
-    report.bar("planner: mean regret, %", means["planner"], at_most=5)
-    report.bar("planner: worst regret, %", 100 * max(regrets["planner"]), at_most=15)
-    taus = [row["figure"] for row in report.rows if row["case"].endswith("tau")]
-    report.bar("Kendall's tau, mean", statistics.mean(taus), at_least=0.85)
-    medians = [row["figure"] for row in report.rows if row["case"].endswith("step, median")]
-    report.bar("error of a step, median of medians, %", statistics.median(medians), at_most=10)
-    for way in [way for way in means if way != "planner"]:
-        report.bar(f"mean regret of {way} less the planner's, %", means[way] - means["planner"], at_least=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=CASES, help="only this job")
+    parser.add_argument("--cluster", action="append", choices=EVERY, help=f"only on this; usual are {', '.join(SOME)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="that a piece may take [9]")
+    parser.add_argument("--summary", action="store_true", help="measure nothing, say what there is")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "planner", help="where predictions and runs are")
+    parser.add_argument("--quick", action="store_true", help="only the planner's first plans and the baselines', twice")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    clusters = chosen.cluster or (("1",) if hosts_unavailable() else SOME)
+    if not chosen.summary:
+        for cluster in clusters:
+            for case in chosen.case or CASES:
+                piece(case, cluster, chosen.out, rounds=2 if chosen.quick else 3, minutes=chosen.minutes,
+                      quick=chosen.quick)  # fmt: skip
+    report = Report("the planner's predictions and choices", chosen.quick)
+    cases = dict(cases_in(chosen.out))
+    if not cases:
+        raise SystemExit("nothing was measured yet: give no --summary")
+    judge(report, cases)
     report.print(chosen.json)
 
 

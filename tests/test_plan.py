@@ -41,6 +41,14 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
             ["microbatches is 2, but only --strategy dp and mp has that; leave it out"],
         ),
         ({"strategy": "dp", "threads": 0}, ["threads is 0; give at least 1"]),
+        (
+            {"strategy": "ps", "servers": 1, "staleness": 5},
+            ["staleness is 5, which only ssp and --stale drop look at; leave it out"],
+        ),
+        (
+            {"strategy": "dp", "outer": "average"},
+            ["outer is average, but with one local step nobody goes astray; add --local-steps"],
+        ),
     ],
     ids=repr,
 )

@@ -1,6 +1,6 @@
-"""What pipelines are timed on: an uneven MLP, and a small transformer by tokens. All stages end between blocks."""
+"""What pipelines are timed on: two uneven MLPs, and a small transformer by tokens. All stages end between blocks."""
 
-import os
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -9,9 +9,13 @@ from torch.nn import functional as F
 
 import tricorn
 
-STEPS = int(os.environ.get("PIPELINE_STEPS", "60"))
-CUTS = {"mlp": {2: (6,), 4: (2, 6, 8)}, "transformer": {2: (4,), 4: (2, 4, 6)}}
-BATCH = {"mlp": 128, "transformer": 32}
+WIDTHS = {"small": (64, 256, 128, 512, 128, 256, 10), "mlp": (256, 1024, 512, 2048, 512, 1024, 10)}
+CUTS = {
+    "small": {2: (6,), 4: (2, 6, 8)},
+    "mlp": {2: (6,), 4: (2, 6, 8)},
+    "transformer": {2: (4,), 4: (2, 4, 6)},
+}
+BATCH = {"small": 128, "mlp": 128, "transformer": 32}
 VOCABULARY, LENGTH, WIDTH, LAYERS = 512, 64, 256, 6
 
 
@@ -66,8 +70,7 @@ class Head(nn.Module):
         return self.scores(self.norm(x)).transpose(1, 2)
 
 
-def mlp() -> nn.Sequential:
-    widths = (256, 1024, 512, 2048, 512, 1024, 10)
+def mlp(widths: tuple[int, ...]) -> nn.Sequential:
     layers = [each for a, b in pairwise(widths) for each in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
@@ -79,18 +82,21 @@ def transformer() -> nn.Sequential:
 def data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of 8 batches, made up."""
     generator, samples = torch.Generator().manual_seed(0), 8 * BATCH[name]
-    if name == "mlp":
-        return torch.randn(samples, 256, generator=generator), torch.randint(0, 10, (samples,), generator=generator)
+    if name in WIDTHS:
+        inputs = torch.randn(samples, WIDTHS[name][0], generator=generator)
+        return inputs, torch.randint(0, WIDTHS[name][-1], (samples,), generator=generator)
     tokens = torch.randint(0, VOCABULARY, (samples, LENGTH + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def make(name: str) -> tricorn.Job:
     return tricorn.Job(
-        model={"mlp": mlp, "transformer": transformer}[name], loss=F.cross_entropy, batch_size=BATCH[name],
-        optimizer=tricorn.optim.AdamW(lr=1e-4), train=tricorn.data.arrays(*data(name)), epochs=max(1, STEPS // 8),
+        model=partial(mlp, WIDTHS[name]) if name in WIDTHS else transformer, loss=F.cross_entropy,
+        batch_size=BATCH[name], optimizer=tricorn.optim.AdamW(lr=1e-4), train=tricorn.data.arrays(*data(name)),
+        epochs=8,
     )  # fmt: skip
 
 
+job_small = make("small")
 job_mlp = make("mlp")
 job_transformer = make("transformer")

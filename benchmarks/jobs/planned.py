@@ -1,9 +1,11 @@
 """Four jobs that the planner's equations were not made for: an MLP, a convolutional net, a transformer, a recommender.
 
-All on made data, with as many steps as PLANNED_STEPS says.
+All on made data, in epochs of 10 steps. ``mlp@80`` is the first with 80 steps; without a number there are 20.
 """
 
-import os
+from __future__ import annotations
+
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -11,16 +13,21 @@ from torch import Tensor, nn
 
 import tricorn
 
-STEPS = int(os.environ.get("PLANNED_STEPS", "120"))
-generator = torch.Generator().manual_seed(0)
+EPOCH = 10  # steps
+KINDS: dict[str, Callable[[int, torch.Generator], tricorn.Job]] = {}
 
 
-def job(model, inputs: Tensor, target: Tensor, batch_size: int, optimizer, **more) -> tricorn.Job:
-    return tricorn.Job(
-        model=model, loss=more.pop("loss", nn.functional.cross_entropy), optimizer=optimizer,
-        train=tricorn.data.arrays(inputs, target), batch_size=batch_size,
-        epochs=max(1, STEPS * batch_size // len(target)), **more,
-    )  # fmt: skip
+def kind(make: Callable[[int, torch.Generator], tricorn.Job]) -> Callable[[int, torch.Generator], tricorn.Job]:
+    """Under its name, less the underscore."""
+    KINDS[make.__name__[1:]] = make
+    return make
+
+
+def __getattr__(name: str) -> tricorn.Job:
+    which, _, steps = name.partition("@")
+    if which not in KINDS:
+        raise AttributeError(name)
+    return KINDS[which](max(1, int(steps or 20) // EPOCH), torch.Generator().manual_seed(0))
 
 
 def perceptron() -> nn.Module:
@@ -29,10 +36,15 @@ def perceptron() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(600, 20))
 
 
-mlp = job(
-    perceptron, torch.randn(1920, 400, generator=generator), torch.randint(0, 20, (1920,), generator=generator), 96,
-    tricorn.optim.AdamW(lr=1e-4),
-)  # fmt: skip
+@kind
+def _mlp(epochs: int, generator: torch.Generator) -> tricorn.Job:
+    batch_size = 96
+    n = EPOCH * batch_size
+    x, y = torch.randn(n, 400, generator=generator), torch.randint(0, 20, (n,), generator=generator)
+    return tricorn.Job(
+        model=perceptron, loss=nn.functional.cross_entropy, optimizer=tricorn.optim.AdamW(lr=1e-4),
+        train=tricorn.data.arrays(x, y), batch_size=batch_size, epochs=epochs,
+    )  # fmt: skip
 
 
 def convolutions() -> nn.Module:
@@ -42,18 +54,23 @@ def convolutions() -> nn.Module:
     )  # fmt: skip
 
 
-cnn = job(
-    convolutions, torch.randn(640, 3, 24, 24, generator=generator), torch.randint(0, 10, (640,), generator=generator),
-    32, tricorn.optim.SGD(lr=0.01, momentum=0.9),
-)  # fmt: skip
+@kind
+def _cnn(epochs: int, generator: torch.Generator) -> tricorn.Job:
+    batch_size = 32
+    n = EPOCH * batch_size
+    x, y = torch.randn(n, 3, 24, 24, generator=generator), torch.randint(0, 10, (n,), generator=generator)
+    return tricorn.Job(
+        model=convolutions, loss=nn.functional.cross_entropy, optimizer=tricorn.optim.SGD(lr=0.01, momentum=0.9),
+        train=tricorn.data.arrays(x, y), batch_size=batch_size, epochs=epochs,
+    )  # fmt: skip
 
 
 class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(500, 128), nn.Parameter(torch.zeros(48, 128))
-        layer = [nn.TransformerEncoderLayer(128, 4, 384, dropout=0.0, batch_first=True) for _ in range(3)]
-        self.layers = nn.Sequential(*layer)
+        layers = [nn.TransformerEncoderLayer(128, 4, 384, dropout=0.0, batch_first=True) for _ in range(3)]
+        self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(128, 500)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,10 +81,14 @@ def by_token(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
-transformer = job(
-    Transformer, torch.randint(0, 500, (320, 48), generator=generator),
-    torch.randint(0, 500, (320, 48), generator=generator), 16, tricorn.optim.Adam(lr=1e-4), loss=by_token,
-)  # fmt: skip
+@kind
+def _transformer(epochs: int, generator: torch.Generator) -> tricorn.Job:
+    batch_size = 16
+    x, y = (torch.randint(0, 500, (EPOCH * batch_size, 48), generator=generator) for _ in range(2))
+    return tricorn.Job(
+        model=Transformer, loss=by_token, optimizer=tricorn.optim.Adam(lr=1e-4), train=tricorn.data.arrays(x, y),
+        batch_size=batch_size, epochs=epochs,
+    )  # fmt: skip
 
 
 class Recommender(nn.Module):
@@ -80,9 +101,14 @@ class Recommender(nn.Module):
         return self.tower(self.rows(ids).flatten(1)).squeeze(1)
 
 
-skewed = (torch.rand(10240, 12, generator=generator).pow(4) * 300_000).long()
-recommender = job(
-    Recommender, skewed, torch.randint(0, 2, (10240,), generator=generator).float(), 512,
-    tricorn.optim.Adagrad(lr=0.05), loss=nn.functional.binary_cross_entropy_with_logits,
-    tables={"rows": tricorn.Table(std=0.01)},
-)  # fmt: skip
+@kind
+def _recommender(epochs: int, generator: torch.Generator) -> tricorn.Job:
+    batch_size = 512
+    n = EPOCH * batch_size
+    skewed = (torch.rand(n, 12, generator=generator).pow(4) * 300_000).long()
+    return tricorn.Job(
+        model=Recommender, loss=nn.functional.binary_cross_entropy_with_logits,
+        optimizer=tricorn.optim.Adagrad(lr=0.05), tables={"rows": tricorn.Table(std=0.01)},
+        train=tricorn.data.arrays(skewed, torch.randint(0, 2, (n,), generator=generator).float()),
+        batch_size=batch_size, epochs=epochs,
+    )  # fmt: skip

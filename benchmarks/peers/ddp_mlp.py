@@ -1,6 +1,8 @@
 """One rank of DistributedDataParallel on Gloo, or of none: the MLP of jobs/mlp.py, 64 samples a rank, fused AdamW.
 
-Prints the milliseconds of a step, of which the first fifth is left out.
+The kinds: "ddp", "ddp-view" (gradients are views of the buckets), "alone", and "meet": alone, but each step waits for
+the slower of the two in shared memory, as whatever is synchronous has to. malloc keeps what is freed, as in Tricorn's
+workers. Prints the milliseconds of a step, of which the first fifth is left out.
 """
 
 import os
@@ -16,13 +18,20 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import tricorn.comm
+from tricorn.state import memory
+
+assert tricorn.comm  # imported for the backend
+
 kind, rank, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = mlp.network()
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-if kind == "ddp":
-    model = DistributedDataParallel(model)
+memory.keep_freed()
+if kind.startswith("ddp"):
+    model = DistributedDataParallel(model, gradient_as_bucket_view=kind == "ddp-view")
+meeting = dist.new_group(backend="tricorn") if kind == "meet" else None
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 dist.barrier()
 half = mlp.BATCH_SIZE // 2
@@ -35,5 +44,7 @@ for step in range(mlp.STEPS):
     loss.backward()
     optimizer.step()
     loss.item()
+    if meeting is not None:
+        dist.barrier(meeting)
 print(1e3 * (time.perf_counter() - began) / (mlp.STEPS - mlp.STEPS // 5))
 dist.destroy_process_group()

@@ -38,6 +38,14 @@ def load(folder: Path) -> tuple[JobFacts, Plan]:
     return job, plan
 
 
+def read_plan(file: Path) -> Plan:
+    """A plan by itself, as ``tricorn plan -o`` writes it. Raises UsageError if it is none."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Plan)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"{file} is no plan: {error}", remedy="Have one written by tricorn plan -o FILE.") from None
+
+
 def create(runs: Path, job: JobFacts, plan: Plan) -> Path:
     """A new folder in ``runs``, named after the moment, the job and the strategy."""
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_-]+', '', job.name) or 'job'}-{plan.strategy}"
@@ -92,6 +100,12 @@ def predict(folder: Path, prediction: dict[str, Any] | None) -> None:
         (folder / "predicted.json").unlink(missing_ok=True)
         if prediction is not None:
             write_json(folder / "predicted.json", prediction)
+
+
+def change(folder: Path, launch: str, changes: list[dict[str, Any]]) -> None:
+    """Write what a launch of the run came to under the plans that it had so far."""
+    with contextlib.suppress(OSError):  # it is for whoever looks
+        write_json(folder / "changes.json", {"launch": launch, "changes": changes})
 
 
 def finished(folder: Path, job: JobFacts) -> dict[str, Any] | None:

@@ -37,10 +37,12 @@ class Launcher:
         silence: float,
         note_pids: Callable[[dict[str, int]], None],
         begun: Callable[[], None],
+        leaves: Callable[[m.Progress], bool],
     ) -> None:
         """A coordinator that says nothing for ``silence`` seconds is ended and replaced.
 
-        ``begun`` is called when the first steps are done: the job and the plan do fit the run.
+        ``begun`` is called when the first steps are done: the job and the plan do fit the run. ``leaves`` is asked at
+        each word of progress whether the run is to be saved and ended now.
         """
         self._engine = engine
         self._spec = spec
@@ -51,6 +53,8 @@ class Launcher:
         self._note_pids = note_pids
         self._pids: dict[str, int] = {}
         self._begun: Callable[[], None] | None = begun
+        self._leaves = leaves
+        self._leaving = False
         self._decode = m.Decoder(m.ToLauncher)
         self._alive: dict[str, int] = {}
         self._dead: dict[str, int] = {}
@@ -70,6 +74,11 @@ class Launcher:
             return ended
         finally:
             self._hang_up()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody wished for the end."""
+        return self._stop_by is not None
 
     def interrupt(self) -> None:
         """Save and end; the second time, end at once. Safe in a signal handler."""
@@ -122,6 +131,9 @@ class Launcher:
                 self._display.step(
                     message.step, epoch=epoch, loss=message.loss, samples_per_second=message.samples_per_second
                 )
+                if not self._leaving and self._leaves(message):
+                    self._leaving = True
+                    self._tell(m.Stop())
             case m.Evaluation():
                 self._display.evaluated(message.step // self._steps_per_epoch - 1, message.values)
             case m.Notice():
@@ -156,7 +168,7 @@ class Launcher:
         self._heard = time.monotonic()
         dead = {role: life for role, life in self._dead.items() if role != "coordinator"}
         self._tell(m.Alive(roles=self._alive, dead=dead))
-        if self._stop_by is not None:
+        if self._leaving or self.interrupted:
             self._tell(m.Stop())
 
     def _give_up_coordinator(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, TypedDict
 
 import msgspec
@@ -37,10 +38,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     of the model as ``dp`` or ``mp``. ``memory`` is how many bytes each worker may use; ``None`` leaves that to the
     machine.
 
-    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1
-    lets each data parallel worker make that many updates by itself before they meet, by plain ``average`` or by an
-    ``outer`` step with Nesterov's momentum (DiLoCo). ``threads`` is the number of compute threads of each worker;
-    ``None`` divides the machine's cores among them.
+    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1 lets
+    each worker, data parallel or of a parameter server, make that many updates by itself before they meet, by plain
+    ``average`` or by an ``outer`` step with Nesterov's momentum (DiLoCo); rows of tables are updated in every step.
+    ``threads`` is the number of compute threads of each worker; ``None`` divides the machine's cores among them.
     """
 
     strategy: StrategyName
@@ -102,6 +103,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             found.append(f"consistency is {self.consistency}, but only --strategy ps can be asynchronous; add that")
         if self.stale != "keep" and self.strategy == "ps" and self.consistency == "bsp":
             found.append(f"stale is {self.stale}, but with consistency bsp no gradient is; take ssp or asp")
+        bounded = self.stale == "drop" or "ssp" in (self.consistency, self.sparse_consistency)
+        if not bounded and self.staleness >= 0 and self.staleness != _default("staleness"):
+            found.append(f"staleness is {self.staleness}, which only ssp and --stale drop look at; leave it out")
+        if self.outer != _default("outer") and self.local_steps == 1:
+            found.append(f"outer is {self.outer}, but with one local step nobody goes astray; add --local-steps")
         found += [
             f"{field} is {getattr(self, field)}, but only --strategy {' and '.join(having)} has that; leave it out"
             for field, having in _ONLY.items()
@@ -163,11 +169,12 @@ _AT_LEAST = {
 }  # fmt: skip
 _ONLY: dict[str, tuple[StrategyName, ...]] = {
     "sparse_consistency": ("ps", "ps+dp", "ps+mp"), "stale": ("ps",), "zero": ("dp", "mp"), "balance": ("dp",),
-    "compress": ("ps", "dp"), "local_steps": ("dp",), "outer": ("dp",), "microbatches": ("dp", "mp"),
+    "compress": ("ps", "dp"), "local_steps": ("dp", "ps"), "outer": ("dp", "ps"), "microbatches": ("dp", "mp"),
     "replicas": ("mp",), "tensor": ("mp",), "cuts": ("mp",), "schedule": ("mp",), "chunks": ("mp",),
     "recompute": ("mp",), "embeddings": ("dp", "mp"),
 }  # fmt: skip
 
 
+@cache
 def _default(field: str) -> object:
     return {info.name: info.default for info in msgspec.structs.fields(Plan)}[field]

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -26,10 +26,14 @@ from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
 from tricorn.job import Job
 from tricorn.launcher import Launcher
 from tricorn.plan import Options, Plan
-from tricorn.planner.auto import choose, settled
-from tricorn.planner.prediction import Prediction
+from tricorn.planner import learn, load
+from tricorn.planner.auto import choose, outlook
+from tricorn.planner.explain import named, seconds
+from tricorn.planner.options import settled
+from tricorn.planner.replan import Outlook, Watch
 from tricorn.ps import caution
 from tricorn.report.progress import Progress, progress
+from tricorn.state import cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +69,7 @@ def train(
     checkpoint_every: str | int = "30s",
     heartbeat_timeout: float = 10.0,
     engine: Callable[[Job | tuple[str, str]], Engine] = LocalEngine,
+    replan: bool = False,
     **options: Unpack[Options],
 ) -> Result:
     """Train the job on this machine's processes and return the trained model and its history.
@@ -78,7 +83,7 @@ def train(
     Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
     Ctrl-C, when the run can be resumed.
     """
-    prediction: Prediction | None = None
+    expected: Outlook | None = None
     if plan is None:
         given = dict(options)
         strategy = given.pop("strategy", "auto")
@@ -87,12 +92,16 @@ def train(
         elif engine is not LocalEngine or resume is not None:
             plan = settled("dp", given)
         else:
-            plan, prediction = choose(job, given)
+            plan, expected = choose(job, given)
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
+    if expected is None and engine is LocalEngine:
+        expected = outlook(job, plan, thorough=replan)
     folder = folders.find(resume, Path(runs)) if resume is not None else None
     timing = timing_of(checkpoint_every, heartbeat_timeout)
-    summary, folder = execute(engine, job, plan, timing, runs=Path(runs), folder=folder, prediction=prediction)
+    summary, folder = execute(
+        engine, job, plan, timing, runs=Path(runs), folder=folder, expected=expected, replan=replan
+    )
     return Result(job, folder, summary)
 
 
@@ -104,11 +113,13 @@ def execute(
     *,
     runs: Path,
     folder: Path | None,
-    prediction: Prediction | None = None,
+    expected: Outlook | None = None,
+    replan: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Run a job, given as itself or as (file, name), in a new folder or going on in that of an earlier run.
 
-    What it comes to is held against the ``prediction``, if there is one.
+    What it comes to is held against what was ``expected``, if anything was. When another plan would clearly be faster
+    the run says so; with ``replan`` it is saved and ended at the next step, and goes on under that one.
     """
     if mistakes := plan.mistakes():
         raise PlanError("the plan has mistakes:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
@@ -120,28 +131,57 @@ def execute(
             raise KeyboardInterrupt
         launcher.interrupt()
 
+    launch = new_secret().hex()[:16]
+    left: list[Plan] = []  # plans that the run had
+    changes: list[dict[str, Any]] = []
     with _signals(interrupted):
-        engine = engine_type(job)
         try:
-            facts, coordinator = engine.load(plan)
-            if folder is not None and (summary := folders.finished(folder, facts)) is not None:
-                display.notice("the run is complete; there is nothing left to do")
-                display.finished(summary)
-                return summary, folder
-            if notice := caution(facts.optimizer, plan):
-                display.notice(notice)
-            folder = folder or folders.create(runs, facts, plan)
-            with folders.held(folder):
-                folders.predict(folder, prediction.as_dict() if prediction else None)
-                launcher = _launcher(engine, coordinator, facts, plan, timing, folder, display)
-                ended = launcher.run()
+            while True:
+                launcher, began = None, load.moment()
+                with contextlib.closing(engine_type(job)) as engine:
+                    try:
+                        facts, coordinator = engine.load(plan)
+                    except PlanError as error:
+                        if not left:
+                            raise
+                        display.notice(f"{named(plan)} is not to be had, and the run goes on as before: {error}")
+                        plan, expected = left.pop(), None
+                        continue
+                    if not left and folder is not None and (summary := folders.finished(folder, facts)) is not None:
+                        display.notice("the run is complete; there is nothing left to do")
+                        display.finished(summary)
+                        return summary, folder
+                    if notice := caution(facts.optimizer, plan):
+                        display.notice(notice)
+                    folder = folder or folders.create(runs, facts, plan)
+                    watch = Watch(expected, left) if expected else None
+                    with folders.held(folder):
+                        folders.predict(folder, expected.prediction.as_dict() if expected else None)
+                        leaves = _looks(watch, facts, display, replan=replan)
+                        launcher = _launcher(
+                            engine, coordinator, facts, plan, timing, folder, display, launch=launch, leaves=leaves
+                        )
+                        ended = launcher.run()
+                measured, steps = ended.summary.get("measured", {}), ended.summary.get("measured_steps", 0.0)
+                if expected and measured and load.taken(began, load.moment(), cores.usable()) <= load.BUSY:
+                    learn(expected, measured, steps)
+                better = watch.better if watch else None
+                if ended.outcome != "stopped" or not (replan and better and expected) or launcher.interrupted:
+                    break
+                changes.append({key: ended.summary[key] for key in ("steps", "plan", "measured", "bytes_sent")})
+                changes[-1]["bytes_sent"] -= sum(change["bytes_sent"] for change in changes[:-1])
+                folders.change(folder, launch, changes)
+                left.append(plan)
+                plan, ground = better.plan, expected.after(measured, steps)
+                expected = replace(expected, prediction=better, ground=ground)
         except KeyboardInterrupt:
+            if left:
+                raise _located(Interrupted("the run was interrupted while it changed over"), folder) from None
             raise Interrupted("the run was interrupted before it began", remedy="Start it again.") from None
         except TricornError as error:
             raise _located(error, folder) from error.__cause__
         finally:
             display.close()
-            engine.close()
     if ended.error is not None:
         raise _located(_error(ended.error), folder)
     if ended.outcome == "stopped":
@@ -152,6 +192,25 @@ def execute(
     return ended.summary, folder
 
 
+def _looks(watch: Watch | None, job: JobFacts, display: Progress, *, replan: bool) -> Callable[[m.Progress], bool]:
+    """What is asked at each word of progress: whether the run is to go on under another plan, of which it is told."""
+    total = job.epochs * steps_per_epoch(job.samples, job.batch_size)
+
+    def leaves(said: m.Progress) -> bool:
+        if watch is None or not watch.look(said.measured, said.measured_steps, total - said.step):
+            return False
+        assert watch.better is not None
+        better = watch.better
+        display.notice(
+            f"a step takes {seconds(said.measured['step'])}, and would take {seconds(better.seconds)} "
+            f"({seconds(better.low)} to {seconds(better.high)}) with {named(better.plan)}"
+            + ("; changing over" if replan else "; --replan changes over")
+        )
+        return replan
+
+    return leaves
+
+
 def _launcher(
     engine: Engine,
     coordinator: tuple[str, int],
@@ -160,6 +219,9 @@ def _launcher(
     timing: Timing,
     folder: Path,
     display: Progress,
+    *,
+    launch: str,
+    leaves: Callable[[m.Progress], bool],
 ) -> Launcher:
     steps = steps_per_epoch(job.samples, job.batch_size)
     facts = Facts(
@@ -168,7 +230,7 @@ def _launcher(
         evaluation_samples=job.evaluation_samples, checkpoint_seconds=timing.checkpoint_seconds,
         checkpoint_steps=timing.checkpoint_steps, heartbeat_timeout=timing.heartbeat_timeout,
     )  # fmt: skip
-    secret, launch = new_secret(), new_secret().hex()[:16]
+    secret = new_secret()
 
     def spec(role: str, incarnation: int) -> RoleSpec:
         return RoleSpec(
@@ -187,7 +249,9 @@ def _launcher(
     folders.prepare(folder, job, plan)
     display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
     silence = 3 * timing.heartbeat_timeout  # the hashes of a large checkpoint take their time
-    return Launcher(engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids, begun=begun)
+    return Launcher(
+        engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids, begun=begun, leaves=leaves
+    )
 
 
 def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:

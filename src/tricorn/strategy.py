@@ -242,6 +242,21 @@ class Strategy(Protocol):
         """A worker's half, with the model built from the job's seed: identical in every worker."""
 
 
+class Family(Strategy, Protocol):
+    """What trains the dense part of a model, alone or with tables beside it."""
+
+    def trainer(self, context: Context, beside: Beside | None = None) -> Trainer:
+        """As of any strategy; it trains all but what is ``beside``."""
+
+
+def family(plan: Plan) -> Family:
+    """Of the dense part of a plan, ``dp`` or ``mp``, imported only now."""
+    import importlib
+
+    found: Family = importlib.import_module(f"tricorn.{plan.dense}").strategy
+    return found
+
+
 def find(plan: Plan) -> Strategy:
     """The strategy of a plan, imported only now: each brings what only it needs."""
     import importlib

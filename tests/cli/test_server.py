@@ -47,6 +47,7 @@ def test_servers_serve_until_told_to_end(tmp_path: Path) -> None:
     assert {*servers} == {"server-0", "server-1"}
     assert sum(table["rows"] for server in servers.values() for table in server["tables"]) == 5
     assert sum(server["dense"]["elements"] for server in servers.values()) == 2
+    assert sum(server["bytes_in_place"] for server in servers.values()) == 2 * 4  # this host reads weights there
     assert all(server["staleness"] == {"0": 1} and server["p99"] > 0 for server in servers.values())
     assert "emb" in shown.stdout
     assert "versions old" in shown.stdout

@@ -81,10 +81,7 @@ def test_what_is_not_finite_is_not_hidden(name, value):
     flat = torch.zeros(2 * BLOCK)
     flat[3] = value
     found = round_trip(codecs.find(name), flat)
-    if name == "fp16" and math.isinf(value):
-        assert found[3].abs() == 65504
-    else:
-        assert not found[3].isfinite()
+    assert not found[3].isfinite()
     assert (found[BLOCK:] == 0).all()
 
 

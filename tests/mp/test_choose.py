@@ -39,7 +39,7 @@ def test_pinned_cuts_are_taken_or_refused():
     assert chosen(Plan(strategy="mp", workers=3, cuts=(1, 4))).cuts == (1, 4)
     with pytest.raises(PlanError, match="cuts are 1, but 3 stages have 2; give that many"):
         chosen(Plan(strategy="mp", workers=3, cuts=(1,)))
-    with pytest.raises(PlanError, match="cannot be cut before block 9; its cuts are 1 before 1, 2 before 2"):
+    with pytest.raises(PlanError, match=r"no stage can begin with block 9; cut before any of 1 \(1\), 2 \(2\)"):
         chosen(Plan(strategy="mp", workers=2, cuts=(9,)))
 
 
@@ -58,33 +58,50 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         chosen(Plan(strategy="mp", workers=2, memory=small))
 
 
+class Active(nn.Module):
+    """Nothing but activations, after one small weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(WIDTH, WIDTH)
+        self.body = nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Sigmoid()) for _ in range(10)])
+
+    def pipeline_blocks(self):
+        return [self.scale, *self.body]
+
+
+def active() -> Job:
+    return job(Active, train=data.arrays(torch.randn(16, 100, WIDTH), torch.randn(16, 100, WIDTH)))
+
+
 def test_activations_are_computed_again_only_where_they_do_not_fit():
-    # Nothing but activations: the room for them is between one microbatch's and four's.
-    def model():
-        return nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Sigmoid()) for _ in range(10)])
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale, self.body = nn.Linear(WIDTH, WIDTH), model()
-
-        def pipeline_blocks(self):
-            return [self.scale, *self.body]
-
-    wide = data.arrays(torch.randn(16, 100, WIDTH), torch.randn(16, 100, WIDTH))
-    this = job(Scaled, train=wide, batch_size=16)
-
-    def tried(**fields):
-        plan = Plan(strategy="mp", workers=2, schedule="gpipe", **fields)
-        return choose(this, plan, 2, 4, 4, CPU)
-
-    keeping, again = tried(recompute=False), tried(recompute=True)
+    keeping, again = (
+        chosen(Plan(strategy="mp", workers=2, schedule="gpipe", recompute=recompute), active())
+        for recompute in (False, True)
+    )
     assert (keeping.recompute, again.recompute) == (False, True)
     assert max(again.bytes) < max(keeping.bytes)
 
 
+def test_a_faster_schedule_that_does_not_fit_is_not_taken(monkeypatch):
+    from tricorn.mp import choose as module
+
+    monkeypatch.setattr(module, "own_bytes", lambda: 0)
+    monkeypatch.setattr(module, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(module._Pace, "step", lambda self, cuts, schedule: 1.0 if schedule == "zero-bubble" else 2.0)
+
+    def tried(**fields):
+        return chosen(Plan(strategy="mp", workers=2, cuts=(1,), recompute=False, **fields), active())
+
+    faster, smaller = tried(), tried(schedule="1f1b")
+    assert faster.schedule == "zero-bubble"
+    assert faster.bytes[1] > smaller.bytes[1] > smaller.bytes[0]  # two microbatches at a time instead of one
+    between = (faster.bytes[1] + smaller.bytes[1]) // 2 + module.COPIED
+    assert tried(memory=between).schedule == "1f1b"
+
+
 def test_one_stage_is_not_measured():
-    assert chosen(Plan(strategy="mp", workers=1)) == ((), False, (), ())
+    assert chosen(Plan(strategy="mp", workers=1)) == ((), False, "1f1b", ())
 
 
 def test_the_fewest_workers_that_have_room(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -65,81 +67,21 @@ def adam(parameters):
 
 
 MESHES = {
-    "dp2": {"workers": 2, "replicas": 2}, "dp3": {"workers": 3, "replicas": 3},
-    "dp2 zero": {"workers": 2, "replicas": 2, "zero": 1}, "dp3 zero": {"workers": 3, "replicas": 3, "zero": 1},
     "dp2 x pp2": {"workers": 4, "replicas": 2}, "dp2 x pp2 zero": {"workers": 4, "replicas": 2, "zero": 1},
-    "tp2": {"workers": 2, "tensor": 2}, "tp3": {"workers": 3, "tensor": 3}, "tp4": {"workers": 4, "tensor": 4},
-    "dp2 x tp2": {"workers": 4, "replicas": 2, "tensor": 2}, "pp2 x tp2": {"workers": 4, "tensor": 2},
-    "dp2 x tp2 zero": {"workers": 4, "replicas": 2, "tensor": 2, "zero": 1},
-    "dp2 x pp2 x tp2": {"workers": 8, "replicas": 2, "tensor": 2},
 }  # fmt: skip
-CUTS = {1: (), 2: (3,)}
 
 
-def cuts_of(mesh: str) -> tuple[int, ...]:
-    return CUTS[Plan(strategy="mp", **MESHES[mesh]).stages]
+def test_computing_is_told_without_waiting(crew, models, job):
+    class Slow(nn.Tanh):
+        def forward(self, x):
+            time.sleep(0.25)
+            return super().forward(x)
 
-
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("model", ["sequential", "Residual"])
-def test_every_mesh_follows_the_plain_loop(crew, models, job, mesh, model):
-    this = job(getattr(models, model))
-    team = crew(this, cuts=cuts_of(mesh), **MESHES[mesh])
-    assert team.join("initial") == [None] * len(team.trainers)
-    team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
-
-
-class Text(nn.Module):
-    """A transformer whose head has the weight of its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True) for _ in range(2))
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return F.linear(x, self.embedding.weight).transpose(1, 2)
-
-
-class Towers(nn.Module):
-    """A user and an item, each by a table and a few layers, scored by their product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.user, self.item = nn.Embedding(20, 8), nn.Embedding(30, 8)
-        self.left = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
-        self.right = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
-
-    def forward(self, users, items):
-        return (self.left(self.user(users)) * self.right(self.item(items))).sum(-1)
-
-
-@pytest.mark.parametrize("mesh", ["dp2 x pp2", "dp2 x tp2 zero", "pp2 x tp2"])
-@pytest.mark.parametrize("model", [Text, Towers])
-def test_text_and_recommender_follow_the_plain_loop(crew, models, job, mesh, model):
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 11, (SAMPLES, 5), generator=generator)
-    pairs = torch.arange(SAMPLES) % 20, torch.arange(SAMPLES).flip(0)
-    text = {"train": data.arrays(tokens, tokens.roll(-1, 1))}
-    rated = {"train": data.arrays(pairs, torch.randn(SAMPLES, generator=generator)), "loss": F.mse_loss}
-    this = job(model, **(text if model is Text else rated))
-    team = crew(this, **MESHES[mesh])
-    assert team.join("initial") == [None] * len(team.trainers)
-    team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
-
-
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zero-bubble"])
-def test_every_schedule_in_replicas(crew, models, job, schedule):
-    this = job(models.Residual)
-    team = crew(this, 4, (1, 3, 4) if schedule == "interleaved" else (3,), replicas=2, schedule=schedule)
-    assert team.join("initial") == [None] * len(team.trainers)
-    team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
+    team = crew(job(lambda: nn.Sequential(nn.Linear(8, 8), Slow(), nn.Linear(8, 4))), 2, (1,), microbatches=2)
+    team.join("initial")
+    team.train(0, 1)
+    quick, slow = (trainer.computed for trainer in team.trainers)
+    assert 0 < quick < 0.5 <= slow
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])

@@ -83,7 +83,9 @@ class Transposed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _defer_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And put some microbatches together, some of them when a step ends."""
     monkeypatch.setattr(deferred, "FEWEST", 1)
+    monkeypatch.setattr(deferred, "ENOUGH", 6)
 
 
 @pytest.fixture
@@ -329,6 +331,7 @@ def test_layers_whose_weights_are_deferred_are_freed_as_soon_as_they_are_dropped
     assert not any(parameter.grad.any() for parameter in layers.parameters())
     while deferral.waiting:
         deferral.waiting.pop()()
+    deferral.finish()
     assert all(parameter.grad.any() for parameter in layers.parameters())
     left = [weakref.ref(layer) for layer in layers]
     del layers, parameter

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tricorn.mp.schedule import Parcel, arrivals, choose_microbatches, needed, order, split, target
-from tricorn.mp.simulate import Work, choose, most_in_flight, simulate
+from tricorn.mp.simulate import Work, crowded, most_in_flight, simulate
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 UNIT = Work(1.0, 1.0, 1.0)
@@ -145,28 +145,15 @@ def test_workers_that_wait_for_each_other_are_found():
         simulate([orders[0][::-1], orders[1]], [UNIT, UNIT])
 
 
-@settings(max_examples=25)
-@given(st.integers(2, 5), st.integers(1, 40), st.floats(0, 0.01))
-def test_nothing_is_faster_than_what_is_chosen_by_more_than_the_tolerance(stages, batch, hop):
-    works = [Work(0.004 + 0.001 * stage, 0.004, 0.004) for stage in range(stages)]
-    best = choose(batch, works, 8, stages=stages, hop=hop)
-    assert 1 <= best.microbatches <= batch
-    for schedule in ("1f1b", "zero-bubble"):
-        for microbatches in range(1, batch + 1, 5):
-            other = choose(batch, works, 8, stages=stages, hop=hop, schedule=schedule, microbatches=microbatches)
-            assert (other.schedule, other.microbatches) == (schedule, microbatches)
-            assert best.seconds * 0.97 <= other.seconds
-
-
-def test_small_stages_get_few_microbatches_and_large_ones_many():
-    counts = [choose(64, [Work(t, t, t)] * 2, 64, stages=2, schedule="1f1b").microbatches for t in (1e-4, 1e-2, 1.0)]
-    assert counts == sorted(counts)
-    assert counts[0] == 1
-    assert counts[-1] >= 8
-
-
-def test_several_stages_a_worker_are_interleaved():
-    assert choose(64, [UNIT] * 4, 64, stages=2).schedule == "interleaved"
+@given(pipelines(), st.lists(st.floats(0.001, 1), min_size=32, max_size=32))
+def test_fewer_cores_than_workers_are_never_idle_for_less_or_work_faster(pipeline, seconds):
+    _, orders, chunks, _ = pipeline
+    works = [Work(f, f / 2, f / 3) for f in seconds[: len(orders) * chunks]]
+    enough = simulate(orders, works).seconds
+    assert crowded(orders, works, len(orders)) == pytest.approx(enough)
+    alone = sum(works[a.chunk * len(orders) + r].of(a.kind) for r, actions in enumerate(orders) for a in actions)
+    assert crowded(orders, works, 1) == pytest.approx(alone)
+    assert max(enough, alone / 2) - 1e-9 <= crowded(orders, works, 2) <= alone + 1e-9
 
 
 @given(st.integers(1, 1000), st.integers(1, 64))

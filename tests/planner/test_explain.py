@@ -33,6 +33,7 @@ def numbers_of(found: Planning, on: Ground) -> set[str]:
     ]
     texts += [note for p in found.ranked for note in p.notes] + [r.reason for r in found.rejected]
     reasons = [str(sum(1 for r in found.rejected if r.reason == each.reason)) for each in found.rejected]
+    known |= {f"{max(on.profile.busy, on.links.busy):.0%}".rstrip("%")}
     return known | {match[0] for text in texts for match in NUMBER.finditer(text)} | {*reasons}
 
 
@@ -42,6 +43,7 @@ def numbers_of(found: Planning, on: Ground) -> set[str]:
         ground(),
         ground(recommender()),
         ground(profile(elements=20_000, batch=0.005)),
+        ground(profile(busy=0.43)),
         ground(cluster=apart(4, mbit=100)),
         ground(profile(elements=400_000_000, batch=2.0), apart(4, memory=5 * GB)),
     ],
@@ -74,6 +76,13 @@ def test_less_memory_is_the_reason_for_no_replica() -> None:
     assert rich.chosen.plan.zero == 0
     assert poor.chosen.plan.zero > 0 or poor.chosen.plan.strategy != "dp"
     assert any("out of the question: needs" in sentence for sentence in said)
+
+
+def test_what_was_measured_on_a_busy_machine_is_said_to_be() -> None:
+    _, said = reasons(ground(profile(busy=0.43)))
+    assert sum("took 43% of this machine" in sentence for sentence in said) == 1
+    _, said = reasons(ground(profile(busy=0.05)))
+    assert not any("Other programs" in sentence for sentence in said)
 
 
 def test_without_a_plan_it_says_so() -> None:

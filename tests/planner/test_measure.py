@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 import tricorn
 from tricorn.errors import UserCodeError
 from tricorn.plan import Plan
-from tricorn.planner import computing
+from tricorn.planner import computing, profiler
+from tricorn.planner.beside import beside
 from tricorn.planner.crew import Line, crew, gather, tell
+from tricorn.planner.load import Quiet
 from tricorn.planner.profiler import crowds, profile, shares
-from tricorn.planner.rehearse import chain, rehearse, rows
+from tricorn.planner.rehearse import Found, chain, rehearse, rows
 from tricorn.planner.sweep import collectives
 
 SAMPLES = 64
@@ -27,6 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks need a process of one thread; and a few rounds do."""
     assert threading.active_count() == 1
     monkeypatch.setattr(computing, "POINT_SECONDS", 0.005)
+    monkeypatch.setattr(profiler, "Quiet", partial(Quiet, patience=0.0))
 
 
 def job(model: Any, inputs: torch.Tensor, **more: Any) -> tricorn.Job:
@@ -71,7 +75,9 @@ class Recommender(nn.Module):
 
 def test_a_plain_job() -> None:
     told: list[str] = []
-    found = profile(job(layered, torch.randn(SAMPLES, 8)), "plain", 2, told.append)
+    plain = job(layered, torch.randn(SAMPLES, 8))
+    drawn = torch.get_rng_state()
+    found = profile(plain, "plain", 2, told.append)
     assert found.name == "plain"
     assert (found.samples, found.batch_size, found.steps) == (SAMPLES, 16, 4)
     assert found.elements == 8 * 32 + 32 + 32 * 32 + 32 + 32 * 4 + 4
@@ -85,12 +91,20 @@ def test_a_plain_job() -> None:
     assert 288 <= found.kept_bytes < 500  # its inputs, what each Tanh makes, and what the loss needs
     assert not found.unmeasured
     assert told
+    assert torch.equal(torch.get_rng_state(), drawn)  # what is measured draws nothing from who measures
 
 
 def test_a_job_that_cannot_be_followed_is_measured_whole() -> None:
     found = profile(job(Branching, torch.randn(SAMPLES, 8)), "branching", 1, str)
     assert found.compute
     assert not found.layers or not any(layer.cut_after for layer in found.layers)
+
+
+def test_less_data_than_a_batch_is_measured_as_it_is() -> None:
+    found = profile(job(layered, torch.randn(5, 8)), "small", 1, str)
+    assert [point.x for point in found.compute["1x1"].points] == [1, 3, 5]
+    assert [point.x for point in found.load.points] == [1, 5]
+    assert found.computing(1, 1, 5)[0] > 0
 
 
 def test_a_job_that_fails_says_why() -> None:
@@ -155,13 +169,17 @@ def test_forks_do_what_they_are_told_at_once() -> None:
     ids=lambda plan: f"{plan.strategy}{plan.zero}{plan.consistency}",
 )
 def test_a_rehearsal_runs_the_plans_own_trainers(plan: Plan) -> None:
-    found = rehearse(chain(1024), plan, 4)
+    for found in rehearse([chain(1024), chain(2048)], plan, [4, 5]):
+        _judge(found)
+
+
+def _judge(found: Found) -> None:
     assert 0 < found.step.seconds < 1
     assert 0 < found.exchange.seconds <= found.step.seconds
 
 
 def test_a_rehearsal_reads_rows() -> None:
-    found = rehearse(rows(64), Plan(strategy="ps", workers=1, servers=1), 4)
+    (found,) = rehearse([rows(64)], Plan(strategy="ps", workers=1, servers=1), [4])
     assert 0 < found.step.seconds < 2
 
 
@@ -172,6 +190,12 @@ def test_collectives_are_swept_by_size(apart: bool) -> None:
     for curve in found.values():
         assert [point.x for point in curve.points] == [1 << 10, 1 << 16, 1 << 20, 1 << 23]
         assert curve.points[-1].seconds > curve.points[0].seconds
+
+
+def test_computing_and_exchanging_slow_each_other() -> None:
+    found = beside()
+    assert set(found) == {"computing", "exchanging"}
+    assert all(1 <= times < 100 for times in found.values())
 
 
 def test_crowds_use_all_cores_and_one() -> None:

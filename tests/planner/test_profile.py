@@ -36,8 +36,9 @@ def test_rows_from_servers_have_curves_of_their_own() -> None:
     assert profile().computing(2, 2, 32, served=True) == profile().computing(2, 2, 32)
 
 
-def test_what_was_not_measured_takes_for_ever() -> None:
-    assert profile(compute={}).computing(1, 1, 64)[0] == float("inf")
+def test_what_was_not_measured_is_not_known() -> None:
+    with pytest.raises(KeyError, match="computing"):
+        profile(compute={}).computing(1, 1, 64)
 
 
 def test_links_of_more_ranks_than_measured_go_on_growing() -> None:

@@ -17,7 +17,7 @@ def test_each_candidate_is_there_once_and_has_no_mistakes() -> None:
     plans = list(candidates(ground(recommender(), apart(4, mbit=100)), {}))
     assert len(set(plans)) == len(plans)
     assert not [plan for plan in plans if plan.mistakes()]
-    assert {plan.strategy for plan in plans} == {"ps", "dp", "mp", "ps+dp"}
+    assert {plan.strategy for plan in plans} == {"ps", "dp", "mp", "ps+dp", "ps+mp"}
     assert {plan.workers for plan in plans} == {1, 2, 3, 4}
 
 

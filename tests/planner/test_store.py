@@ -2,9 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from tricorn import planner
+from tricorn.plan import Plan
 from tricorn.planner import store
+from tricorn.planner.ground import Ground
+from tricorn.planner.prediction import Prediction
+from tricorn.planner.replan import Outlook
+from tricorn.planner.search import predicted
 
-from .world import links, profile
+from .world import ground, links, profile
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +49,23 @@ def test_a_place_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.write_text("a file")
     store.save_links(links())
     assert store.load_links() is None
+
+
+def test_what_a_run_teaches_is_kept_with_the_profile_it_was_predicted_from() -> None:
+    on = ground()
+    plan = Plan(strategy="dp", workers=2)
+    prediction = predicted(plan, on)
+    assert isinstance(prediction, Prediction)
+    store.save_profile("job", store.KeptProfile(on.profile, {}, {}))
+    store.save_profile("other", store.KeptProfile(profile(batch=9.0), {}, {}))
+    slow = {term: 2 * seconds for term, seconds in (("step", 0.0), ("compute", prediction.terms["compute"]))}
+    for key in ("job", "other", "nowhere"):
+        planner.learn(Outlook(prediction, on, {}, key), slow, 10_000)
+    kept, other = store.load_profile("job"), store.load_profile("other")
+    assert kept is not None
+    assert other is not None
+    assert store.load_profile("nowhere") is None
+    assert not other.seen
+    taught = predicted(plan, Ground(kept.profile, on.links, on.cluster, kept.seen))
+    assert isinstance(taught, Prediction)
+    assert taught.terms["compute"] == pytest.approx(2 * prediction.terms["compute"], rel=0.01)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import tricorn
+from tricorn import planner
 from tricorn.errors import PlanError
-from tricorn.planner import auto, store
+from tricorn.planner import auto, options, store
 from tricorn.planner.cluster import Cluster
+from tricorn.planner.options import refuse_mistakes
 
 from .world import links
 
@@ -59,6 +61,9 @@ def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
     assert {plan["plan"]["strategy"] for plan in found["plans"]} >= {"dp", "ps"}
     assert all(abs(sum(plan["terms"].values()) - plan["seconds"]) < 1e-9 for plan in found["plans"])
 
+    for kept in (place / "cache").glob("profile-*"):  # as if nothing else ran on this machine
+        known = json.loads(kept.read_text())
+        kept.write_text(json.dumps(known | {"profile": known["profile"] | {"busy": 0.0}}))
     began = time.monotonic()
     warm = run(place, "plan", "job.py")
     assert time.monotonic() - began < 10  # nothing is measured, and PyTorch is not even loaded
@@ -69,11 +74,28 @@ def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["plan"] == found["chosen"]
-    assert set(summary["measured"]) == {"step", "data", "compute", "exchange"}
+    assert set(summary["measured"]) - {"waiting"} == {"step", "data", "compute", "exchange"}
     (chosen,) = [plan for plan in found["plans"] if plan["plan"] == found["chosen"]]
     assert summary["predicted"]["step"] == pytest.approx(chosen["seconds"])
-    assert summary["worst_term"] in ("compute", "data", "exchange")
+    assert summary["worst_term"] in ("compute", "data", "exchange", "waiting")
     assert "furthest off" in done.stderr
+
+
+def test_a_run_is_simulated_on_machines_that_are_not_here(place: Path) -> None:
+    (place / "many.toml").write_text(
+        '[[host]]\ncount = 300\ncores = 2\nmemory = "4 GB"\nmbit = 1000\nstalls = 0.01\nfailures_per_day = 50\n'
+    )
+    (place / "asp.json").write_text('{"strategy": "ps", "workers": 299, "servers": 1, "consistency": "asp"}')
+    words = ("simulate", "job.py", "--cluster", "many.toml", "--plan", "asp.json", "--steps", "20", "--json")
+    found = json.loads(run(place, *words).stdout)
+    assert found == json.loads(run(place, *words).stdout)
+    assert (found["plan"]["workers"], found["steps"]) == (299, 20)
+    assert sum(found["staleness"].values()) == 299 * 20
+    assert set(found["waiting"]) == {"worker", "server"}
+    shown = run(place, *words[:-1], "--seed", "1")
+    assert shown.returncode == 0, shown.stderr
+    assert "the equation says" in shown.stdout
+    assert "updates old" in shown.stdout
 
 
 def test_a_job_whose_code_fails_is_trained_all_the_same_to_show_its_error(place: Path) -> None:
@@ -103,7 +125,28 @@ def test_options_that_no_strategy_has_together_are_the_runs_to_refuse() -> None:
     assert plan.mistakes()
     assert prediction is None
     with pytest.raises(PlanError, match="workers"):
-        auto.settled("dp", {"workers": "many"})
+        options.settled("dp", {"workers": "many"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workers": 0}, "workers is 0; give at least 1"),
+        ({"strategy": "xyz"}, "xyz"),
+        ({"zero": 1, "consistency": "asp"}, "consistency is asp"),
+        ({"strategy": "mp", "workers": 3, "tensor": 2}, "does not divide"),
+        ({"workers": "many"}, "workers"),
+    ],
+)
+def test_options_that_no_plan_has_are_refused_before_anything_is_measured(given: dict, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        planner.plan(("nowhere.py", "job"), given)
+
+
+def test_a_mesh_has_as_many_workers_as_its_axes_need() -> None:
+    assert options.settled("mp", {"tensor": 4}).workers == 4
+    assert options.settled("mp", {"tensor": 2, "workers": 6}).workers == 6
+    refuse_mistakes({"tensor": 4})
 
 
 def test_it_can_be_called_from_python() -> None:

@@ -13,8 +13,8 @@ import torch
 from tricorn.comm.listener import PeerListener
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.ps import strategy
 from tricorn.ps.server import Server
-from tricorn.ps.trainer import AsyncTrainer, BspTrainer
 from tricorn.state.flat import build_model, call_model
 from tricorn.state.shards import Piece, write_shard
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes
@@ -99,12 +99,12 @@ class Cluster:
         self.threads: list[threading.Thread] = []
         for index in range(servers):
             self.servers.append(self._hire_server(index))
-        # Workers take no connections; the listener only completes the context.
-        self.listener = PeerListener(SECRET)
-        kind = BspTrainer if self.plan.synchronous else AsyncTrainer
-        contexts = [Context(job, self.plan, rank, 1, SECRET, self.listener) for rank in range(workers)]
-        self.trainers: list[Any] = [kind(context) for context in contexts]
+        self.listeners = [PeerListener(SECRET) for _ in range(workers)]
+        self.trainers: list[Any] = [self._hire_worker(rank, 1) for rank in range(workers)]
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+
+    def _hire_worker(self, rank: int, incarnation: int) -> Any:
+        return strategy.trainer(Context(self.job, self.plan, rank, incarnation, SECRET, self.listeners[rank]))
 
     def _hire_server(self, index: int) -> Server:
         def snapshot(step: int, pieces: list[Piece]) -> None:
@@ -121,9 +121,8 @@ class Cluster:
         self.servers[index] = self._hire_server(index)
 
     def replace_worker(self, rank: int) -> None:
-        old = self.trainers[rank]
-        old.close()
-        self.trainers[rank] = type(old)(Context(self.job, self.plan, rank, self.epoch + 2, SECRET, self.listener))
+        self.trainers[rank].close()
+        self.trainers[rank] = self._hire_worker(rank, self.epoch + 2)
 
     def regroup(self) -> list[list[int]]:
         return [server.regroup() for server in self.servers]
@@ -136,14 +135,15 @@ class Cluster:
             server.begin(
                 epoch=self.epoch,
                 step=step,
-                source=source,
+                source="keep" if source == "peer" else source,
                 checkpoint=checkpoint,
                 workers=len(self.trainers),
                 generation=fields.get("generation", 0),
                 applied=fields.get("applied", ()),
             )
         addresses = tuple(server.address for server in self.servers)
-        return Seat(self.epoch, (), addresses, step, source, 0, checkpoint)
+        workers = tuple(listener.address for listener in self.listeners)
+        return Seat(self.epoch, workers, addresses, step, source, fields.get("peer", 0), checkpoint)
 
     def each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """What the function of (trainer, ...) returns for each worker, all called at once; raises what one raises."""
@@ -177,7 +177,8 @@ class Cluster:
             thread.join(10)
             assert not thread.is_alive()
         self.pool.shutdown()
-        self.listener.close()
+        for listener in self.listeners:
+            listener.close()
 
 
 NONE = Wishes()

@@ -115,11 +115,32 @@ def test_a_client_that_comes_back_goes_on() -> None:
                 client.push().wait()
 
 
+def test_what_top_k_leaves_out_is_sent_later() -> None:
+    with serving() as servers, connect(servers, **declared(dense={"w": torch.zeros(400)}, compress="topk")) as client:
+        client.pull().wait()
+        for _ in range(300):
+            client.gradients["w"].fill_(1.0)
+            client.push().wait()
+            client.pull().wait()
+        assert (client.weights["w"] != 0).all()
+
+
+def test_all_clients_declare_the_same() -> None:
+    other = pytest.raises(ProtocolError, match="staleness 9 are not those that this server holds: 3")
+    with serving(workers=2) as servers, connect(servers, **declared(consistency="asp")), other:
+        connect(servers, rank=1, **declared(consistency="asp", staleness=9))
+
+
 def test_mistakes_are_told_by_name() -> None:
     with serving() as servers:
-        with connect(servers, **declared()) as client:
+        tables = {"t": (2, Table(std=0.1))}
+        with connect(servers, **declared(tables=tables)) as client:
             with pytest.raises(UsageError, match="no table 'other'"):
                 client.pull({"other": torch.tensor([1])})
+            with pytest.raises(UsageError, match="ids of table 't' come twice"):
+                client.pull({"t": torch.tensor([5, 5])})
+            with pytest.raises(UsageError, match="ids of table 't' are a list"):
+                client.pull({"t": [1, 2]})
             client.gradients["w"].fill_(torch.nan)
             with pytest.raises(Diverged, match="not finite"):
                 client.push().wait()
@@ -131,6 +152,15 @@ def test_mistakes_are_told_by_name() -> None:
             connect(servers, rank=1, **declared())
     with pytest.raises(PeerLost, match="nobody answers"):
         connect(servers, **declared())
+    for wrong, words in (
+        ({"optimizer": optim.SGD(lr=-1.0)}, "optimizer's lr is -1.0"),
+        ({"consistency": "eventual"}, "consistency is 'eventual'"),
+        ({"staleness": -1}, "staleness is -1"),
+        ({"compress": "zip"}, "no encoding 'zip'"),
+        ({"compress": "topk", "tables": tables}, "topk leaves"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            connect(servers, **declared(**wrong))
     with pytest.raises(UsageError, match="no secret"):
         connect([("127.0.0.1", 1)], **declared())
     with pytest.raises(UsageError, match="cannot be read"):

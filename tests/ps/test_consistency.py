@@ -99,7 +99,7 @@ def test_each_slot_counts_once_in_each_step(workers: int, data: st.DataObject) -
         if verdict is Verdict.TAKE:
             assert slot not in taken.setdefault(step, set())
             taken[step].add(slot)
-            assert bsp.contribute(slot) == (len(taken[step]) == workers)
+            assert bsp.contribute(step, slot) == (len(taken[step]) == workers)
         else:
             assert verdict is (Verdict.REPEAT if step < version or bsp.complete else Verdict.WAIT)
         assert bsp.steps() == ([version, version + 1] if len(taken.get(version, ())) == workers else [version])
@@ -107,10 +107,10 @@ def test_each_slot_counts_once_in_each_step(workers: int, data: st.DataObject) -
 
 def test_going_on_keeps_only_the_sum_that_leads_there() -> None:
     bsp = Bsp(2, 3)
-    bsp.contribute(0)
+    bsp.contribute(3, 0)
     bsp.begin(3, 1)
     assert bsp.judge(3, 0) is Verdict.TAKE
-    assert bsp.contribute(0)
+    assert bsp.contribute(3, 0)
     bsp.begin(4, 5)
     assert bsp.pull(4)
     bsp.advance()

@@ -113,6 +113,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ..
     "int32": (lambda: Apply(lambda m, x: m.e(x), e=table()), lambda s: (ids(5, 3, seed=s).int(),)),
     "columns": (lambda: Apply(lambda m, x: m.e(x[:, 1:3]).sum(1) + m.f(x[:, 0]), e=table(), f=table()),
                 lambda s: (ids(6, 4, seed=s),)),
+    "joined with numbers": (lambda: Apply(lambda m, x, w: torch.cat([w, m.e(x).flatten(1)], 1), e=table()),
+                            lambda s: (ids(5, 3, seed=s), torch.rand(5, 2, dtype=torch.float64))),
     "padding": (lambda: Apply(lambda m, x: m.e(x), e=table(padding_idx=3)), lambda s: (ids(20, 3, seed=s),)),
     "padding counted from the end": (lambda: Apply(lambda m, x: m.e(x), e=table(padding_idx=-1)),
                                      lambda s: (ids(40, 3, seed=s),)),

@@ -321,3 +321,16 @@ def test_a_checkpoint_of_another_model_is_refused(cluster: Build, width: int, se
     with pytest.raises(UsageError, match=message) as refusal:
         changed.join("checkpoint", FIRST)
     assert "Resume with the model that the run was started with" in refusal.value.remedy
+
+
+def test_what_an_encoding_lost_of_undone_steps_is_owed_no_more(cluster: Build) -> None:
+    run = cluster(make_job(), compress="topk")
+    run.join("initial")
+    run.train(0, 2)
+    run.each(lambda trainer: trainer.pieces())
+    run.regroup()
+    run.join("keep", 2)
+    assert all(trainer._feedback.lost_N.any() for trainer in run.trainers)
+    run.regroup()
+    run.join("checkpoint", 2)
+    assert not any(trainer._feedback.lost_N.any() for trainer in run.trainers)

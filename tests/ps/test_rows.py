@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,10 @@ from tricorn.errors import Diverged, ProtocolError, TableFull, UsageError
 from tricorn.ps.client import Client
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.sparse.initial import initial_rows
+from tricorn.ps.table import _divided
 from tricorn.ps.wire import Op
 from tricorn.state.shards import Piece, write_shard
+from tricorn.table import Table
 
 from .hub import Hub, spec
 
@@ -152,6 +155,17 @@ def test_a_list_that_was_read_travels_once(hub: Build) -> None:
     assert torch.equal(asked.out_UD, initial(np.arange(1000)) - 0.5)
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+def test_ids_that_were_changed_in_place_are_other_ids(hub: Build, servers: int) -> None:
+    run = hub(spec(), consistency="asp", servers=servers)
+    (client,) = run.begin()
+    ids = torch.arange(100)
+    for first in (0, 1000):
+        asked = wanted(ids.copy_(torch.arange(first, first + 100)))
+        client.read_rows([asked])
+        assert torch.equal(asked.out_UD, initial(np.arange(first, first + 100)))
+
+
 def test_a_server_that_forgot_a_list_is_told_again(hub: Build) -> None:
     run = hub(spec(), consistency="asp")
     (client,) = run.begin()
@@ -271,6 +285,15 @@ def test_all_workers_hear_of_a_synchronous_gradient_that_is_not_finite(hub: Buil
     client.pull_version(0, weights_N, scale=1.0, factor=0.0)
     assert torch.equal(weights_N, dense())
     assert torch.equal(read(client, [1]), initial([1]))
+
+
+def test_a_table_whose_rows_are_known_leaves_the_memory_to_the_others() -> None:
+    known = msgspec.structs.replace(spec("known"), prefilled=10_000)
+    bounded = msgspec.structs.replace(spec("bounded"), declared=Table(max_rows=10_000))
+    one, other, *rest = _divided(1 << 30, [known, bounded, spec("a"), spec("b")])
+    assert 10_000 * 100 < one <= other < 4 << 20
+    assert rest == [((1 << 30) - one - other) // 2] * 2
+    assert _divided(3000, [spec("a"), known, spec("b")]) == [1000] * 3
 
 
 @pytest.mark.parametrize("tables", [1, 2])

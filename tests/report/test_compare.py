@@ -1,6 +1,7 @@
 import pytest
 
-from tricorn.report.compare import grouped, measured, sentence, worst
+from tricorn.plan import Plan
+from tricorn.report.compare import counted, grouped, measured, sentence, worst
 
 TOLD = [
     {"steps": 10.0, "all": 1.0, "data": 0.1, "compute": 0.6},
@@ -8,23 +9,33 @@ TOLD = [
 ]
 
 
-def test_steps_are_the_mean_of_all_workers() -> None:
-    found = measured(TOLD, synchronous=True)
-    assert found == pytest.approx({"step": 0.11, "data": 0.01, "compute": 0.07, "exchange": 0.03})
+DP = Plan(strategy="dp")
+
+
+def test_steps_are_the_mean_of_all_workers_and_wait_for_the_slowest() -> None:
+    found = measured(TOLD, DP)
+    assert found == pytest.approx({"step": 0.11, "data": 0.01, "compute": 0.07, "waiting": 0.01, "exchange": 0.02})
+    assert counted(TOLD) == 10
+
+
+def test_a_pipeline_takes_as_long_as_its_busiest_stage() -> None:
+    found = measured(TOLD, Plan(strategy="mp"))
+    assert found == pytest.approx({"step": 0.11, "data": 0.01, "compute": 0.08, "exchange": 0.02})
 
 
 def test_workers_side_by_side_make_more_updates() -> None:
-    assert measured(TOLD, synchronous=False)["step"] == pytest.approx(0.055)
+    assert measured(TOLD, Plan(strategy="ps", servers=1, consistency="asp"))["step"] == pytest.approx(0.055)
 
 
 def test_without_a_trainer_that_tells_computing_is_with_the_rest() -> None:
-    found = measured([{"steps": 4.0, "all": 1.0, "data": 0.2}], synchronous=True)
+    found = measured([{"steps": 4.0, "all": 1.0, "data": 0.2}], DP)
     assert found == pytest.approx({"step": 0.25, "data": 0.05, "exchange": 0.2})
 
 
 def test_nothing_told_is_nothing_measured() -> None:
-    assert measured([], synchronous=True) == {}
-    assert measured([{"steps": 0.0, "all": 0.0, "data": 0.0}], synchronous=True) == {}
+    assert measured([], DP) == {}
+    assert measured([{"steps": 0.0, "all": 0.0, "data": 0.0}], DP) == {}
+    assert counted([]) == 0
 
 
 def test_terms_are_put_together_as_they_were_measured() -> None:

@@ -26,6 +26,11 @@ def test_a_mesh():
     )
 
 
+def test_what_is_elsewhere_is_no_part_of_a_replica():
+    assert "each has the model but for its tables" in picture(Plan(strategy="ps+dp", workers=2, servers=1))
+    assert "some rows of each embedding" in picture(Plan(strategy="dp", workers=2, embeddings="rows"))
+
+
 def test_a_long_line_is_shortened():
     first, second, *_ = picture(Plan(strategy="mp", workers=20)).splitlines()
     assert first.split() == [word for n in range(6) for word in ("stage", str(n))] + ["...", "stage", "19"]

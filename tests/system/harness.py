@@ -10,10 +10,12 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -22,13 +24,14 @@ from tricorn.control.ledger import Ledger
 from tricorn.data.order import Permutation, step_range, steps_per_epoch
 from tricorn.data.sources import as_source
 from tricorn.job import Job
+from tricorn.state.flat import build_model, call_model
 from tricorn.state.trained import trained_model
 
 from . import jobs
 
 JOBS = Path(jobs.__file__)
 TRICORN = Path(sys.executable).with_name("tricorn")
-PATIENCE = 60.0
+PATIENCE = 200.0 if "TRICORN_ROUNDS" in os.environ else 60.0  # campaigns run beside other load
 
 
 @dataclass
@@ -94,6 +97,18 @@ class Run:
         assert code == 0, err
         return json.loads(out.splitlines()[-1])
 
+    def counted_once(self, killed: list[str]) -> dict:
+        """Wait for a good end, and see that every sample of every epoch is in the model once; the summary."""
+        summary = self.summary()
+        assert killed
+        assert summary["exactly_once"]
+        assert summary["steps"] == summary["total_steps"]
+        with self.ledger() as ledger:
+            for epoch in range(ledger.order.epochs):
+                once = np.ones(ledger.order.samples)
+                assert np.array_equal(ledger.times_committed(epoch), once), f"epoch {epoch}, killed {killed}"
+        return summary
+
     def weights(self, name: str) -> torch.Tensor:
         """The trained parameters end to end."""
         return flat(trained_model(getattr(jobs, name), self.folder))
@@ -129,21 +144,37 @@ def distance(weights: torch.Tensor, expected: torch.Tensor) -> float:
 def plain(name: str) -> torch.Tensor:
     """The job trained by a loop of plain PyTorch with ``torch.optim``: the weights that every strategy has to reach."""
     job: Job = getattr(jobs, name)
+    steps = job.epochs * steps_per_epoch(len(job.train), job.batch_size)
+
+    def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+        declared = job.optimizer
+        if declared == jobs.SGD:
+            return [torch.optim.SGD(model.parameters(), lr=declared.lr, momentum=declared.momentum)]
+        return [torch.optim.Adam(model.parameters(), lr=declared.lr)]
+
+    return trajectory(job, optimizers, steps)[1]
+
+
+def trajectory(
+    job: Job, optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]], steps: int
+) -> tuple[list[float], torch.Tensor]:
+    """The loss of each step, and the weights end to end after the last, of a loop of plain PyTorch."""
     source = as_source(job.train)
-    torch.manual_seed(job.seed)
-    model = job.model().to(torch.float64 if job.precision == "float64" else torch.float32)
-    declared = job.optimizer
-    if job.optimizer == jobs.SGD:
-        optimizer = torch.optim.SGD(model.parameters(), lr=declared.lr, momentum=declared.momentum)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=declared.lr)
-    for step in range(job.epochs * steps_per_epoch(len(source), job.batch_size)):
+    model = build_model(job)
+    dtype = next(model.parameters()).dtype
+    stepping, losses = optimizers(model), []
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in stepping]
+    for step in range(steps):
         epoch, start, stop = step_range(step, len(source), job.batch_size)
         ids = Permutation(job.seed, epoch, source.fingerprint, len(source)).ids(start, stop)
         inputs, target = source.fetch(ids)
-        optimizer.param_groups[0]["lr"] = declared.lr * job.schedule(step)
-        optimizer.zero_grad()
-        job.loss(model(inputs.to(next(model.parameters()).dtype)), target).backward()
+        for optimizer, rate in zip(stepping, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * job.schedule(step)
+            optimizer.zero_grad()
+        loss = job.loss(call_model(model, inputs if isinstance(inputs, tuple) else inputs.to(dtype)), target)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
-        optimizer.step()
-    return flat(model)
+        for optimizer in stepping:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses, flat(model)

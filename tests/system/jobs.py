@@ -35,6 +35,7 @@ ADAM = tricorn.optim.Adam(lr=0.01)
 sgd32, sgd64 = make(SGD, "float32"), make(SGD, "float64")
 adam32, adam64 = make(ADAM, "float32"), make(ADAM, "float64")
 long = make(SGD, "float64", epochs=60)  # 420 steps: long enough to be disturbed
+local = make(tricorn.optim.SGD(lr=0.1), "float64", epochs=60)
 endless = make(SGD, "float64", epochs=10**6)
 dropout = make(
     SGD, "float64", epochs=20,
@@ -43,5 +44,24 @@ dropout = make(
 normed = make(
     SGD, "float64", epochs=60,
     model=lambda: nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 3)),
+)  # fmt: skip
+
+
+class Tabled(nn.Module):
+    """A table, and layers that can be cut and split."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(90, 4)
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 3))
+
+    def forward(self, ids, x):
+        return self.layers(torch.cat([self.rows(ids), x], 1))
+
+
+tabled = make(
+    tricorn.optim.Adagrad(lr=0.1), "float64", model=Tabled, batch_size=8, epochs=10**6,  # 21 steps an epoch
+    train=tricorn.data.arrays((torch.arange(SAMPLES) ** 2 % 90, x), y), evaluate=None, metrics={},
+    tables={"rows": tricorn.Table(std=0.3)},
 )  # fmt: skip
 smaller_batches = make(SGD, "float64", batch_size=20)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -125,20 +124,24 @@ def stopped_with_two_checkpoints(tmp_path: Path) -> Path:
 
 def test_damaged_checkpoints(tmp_path):
     """Each file of the newest one truncated, and one bit of each flipped: it is named, and the previous one is used."""
-    folder = stopped_with_two_checkpoints(tmp_path / "runs")
+    folder = stopped_with_two_checkpoints(tmp_path)
     newest, previous = checkpoints.published(folder / "checkpoints")
-    for file in sorted(path.name for path in newest.iterdir()):
+    files = sorted(newest.iterdir())
+    assert len(files) == 3
+    for file in files:
+        content = file.read_bytes()
         for damage in (truncate, flip_a_bit):
-            copy = tmp_path / "copy"
-            shutil.copytree(folder.parent, copy, symlinks=True)
-            damaged = copy / folder.name / "checkpoints" / newest.name / file
-            damage(damaged)
-            summary = harness.resume(copy, "--strategy", "dp", "--threads", "1").summary()
-            assert summary["exactly_once"]
-            rows = map(json.loads, (copy / "latest" / "metrics.jsonl").read_text().splitlines())
-            events = [row["event"] for row in rows if "event" in row]
-            assert events[-1].endswith(f"from a checkpoint at step {int(previous.name)}")
-            shutil.rmtree(copy)
+            damage(file)
+            used, damages = checkpoints.newest_whole(folder / "checkpoints")
+            assert used == previous
+            assert str(newest) in damages[0]
+            file.write_bytes(content)
+    flip_a_bit(files[-1])
+    run = harness.resume(tmp_path, "--strategy", "dp", "--threads", "1")
+    assert run.summary()["exactly_once"]
+    rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    events = [row["event"] for row in rows if "event" in row]
+    assert events[-1].endswith(f"from a checkpoint at step {int(previous.name)}")
 
 
 def test_no_checkpoint_is_left(tmp_path):

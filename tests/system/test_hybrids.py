@@ -6,10 +6,9 @@ TRICORN_ROUNDS says how many seeds are run for each mode; with one, only those m
 import os
 from random import Random
 
-import numpy as np
 import pytest
 
-from . import harness, table_jobs
+from . import harness
 from .test_tables import FILE, expected, weights
 
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
@@ -31,12 +30,5 @@ def test_every_sample_counts_once_through_deaths(tmp_path, mode, seed):
     run = harness.start(tmp_path, "job", *MODES[mode], "--checkpoint-every", "20", file=FILE)
     run.reach(5)
     killed = run.disturb(Random(f"{mode}/{seed}"), victims, kills=2)
-    summary = run.summary()
-    assert killed
-    assert summary["exactly_once"]
-    assert summary["steps"] == table_jobs.STEPS
-    with run.ledger() as ledger:
-        for epoch in range(table_jobs.EPOCHS):
-            once = np.ones(table_jobs.SAMPLES)
-            assert np.array_equal(ledger.times_committed(epoch), once), f"epoch {epoch}, killed {killed}"
+    run.counted_once(killed)
     assert harness.distance(weights(run), expected()) <= 1e-10, f"killed {killed}"

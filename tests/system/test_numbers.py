@@ -1,4 +1,9 @@
-"""Every synchronous strategy, at any number of processes, ends with the weights of one plain loop."""
+"""Every synchronous strategy, at any number of processes, ends with the weights of one plain loop.
+
+All plans with TRICORN_ROUNDS, else some of each kind: test_matrix has them all, with threads.
+"""
+
+import os
 
 import pytest
 
@@ -17,7 +22,13 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
+CAMPAIGN = "TRICORN_ROUNDS" in os.environ
+OTHERS = [("dp x 3", "sgd32", 1e-5), ("mp x 3", "adam32", 1e-4), ("ps x 2 of 2", "adam64", 1e-10)]
+if CAMPAIGN:
+    OTHERS = [(plan, name, bound) for plan, _, _ in OTHERS for _, name, bound in OTHERS]
+
+
+@pytest.mark.parametrize("plan", PLANS if CAMPAIGN else ["dp x 2", "ps x 3 of 2", "mp 2 x 2 shards"])
 def test_same_weights(tmp_path, plan):
     run = harness.start(tmp_path, "sgd64", *PLANS[plan])
     summary = run.summary()
@@ -27,8 +38,7 @@ def test_same_weights(tmp_path, plan):
     assert summary["metrics"]["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("plan", ["dp x 3", "ps x 2 of 2", "mp x 3"])
-@pytest.mark.parametrize(("name", "bound"), [("sgd32", 1e-5), ("adam32", 1e-4), ("adam64", 1e-10)])
+@pytest.mark.parametrize(("plan", "name", "bound"), OTHERS)
 def test_same_weights_with_other_optimizers(tmp_path, plan, name, bound):
     run = harness.start(tmp_path, name, *PLANS[plan])
     run.summary()

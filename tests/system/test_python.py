@@ -20,10 +20,9 @@ def make_job(**changes) -> tricorn.Job:
     return tricorn.Job(**(fields | changes))
 
 
-@pytest.mark.parametrize("strategy", ["dp", "ps"])
-def test_train_returns_the_model_and_its_history(tmp_path, strategy):
+def test_train_returns_the_model_and_its_history(tmp_path):
     job = make_job()
-    result = tricorn.train(job, strategy=strategy, workers=2, threads=1, runs=tmp_path)
+    result = tricorn.train(job, strategy="ps", workers=2, threads=1, runs=tmp_path)
     inputs, target = job.train.inputs, job.train.target
     with torch.no_grad():
         accuracy = (result.model(inputs).argmax(1) == target).float().mean().item()

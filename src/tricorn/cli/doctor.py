@@ -17,6 +17,7 @@ import psutil
 import typer
 
 from tricorn.report.table import shown, table
+from tricorn.state import cores
 
 GIB = 2**30
 PACKAGES = ("tricorn", "torch", "numpy", "numba", "msgspec", "safetensors", "cloudpickle")
@@ -73,7 +74,7 @@ def facts(folder: Path = Path()) -> dict[str, Any]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores.usable(),
             "memory": psutil.virtual_memory().total,
             "available_memory": psutil.virtual_memory().available,
             "free_disk": shutil.disk_usage(folder).free,

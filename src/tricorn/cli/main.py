@@ -14,6 +14,7 @@ from tricorn.cli.doctor import doctor
 from tricorn.cli.plan import plan
 from tricorn.cli.ps import ps
 from tricorn.cli.server import server
+from tricorn.cli.simulate import simulate
 from tricorn.cli.train import train
 from tricorn.errors import TricornError
 from tricorn.report.failure import as_json, show
@@ -21,6 +22,7 @@ from tricorn.report.failure import as_json, show
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(train)
 app.command()(plan)
+app.command()(simulate)
 app.command()(demo)
 app.command()(doctor)
 app.command()(server)

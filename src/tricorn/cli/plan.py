@@ -11,6 +11,7 @@ import typer
 
 from tricorn import folder as folders
 from tricorn.errors import UsageError
+from tricorn.report.picture import picture
 from tricorn.report.table import table
 
 MOST_ROWS = 12
@@ -67,6 +68,7 @@ def plan(
     ]
     print(table(("", "plan", "a step", "between", "an epoch", "memory", "sent a step", "limited by"), rows))
     hidden = len(found.ranked) - len(rows)
+    print("\n" + picture(chosen.plan))
     print("\n" + "\n".join([*found.reasons, *([f"{hidden} more plans: --all."] if hidden > 0 else [])]))
     if every and found.rejected:
         print("\n" + table(("cannot run", "because"), [(named(r.plan), r.reason) for r in found.rejected]))

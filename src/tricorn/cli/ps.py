@@ -62,16 +62,17 @@ def _rates(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
     seconds = after["seconds"] - before["seconds"]
     return {
         f"{what}_per_second": (after[what] - before[what]) / seconds
-        for what in ("requests", "bytes_received", "bytes_sent")
+        for what in ("requests", "bytes_received", "bytes_sent", "bytes_in_place")
     }
 
 
 def _load(servers: dict[str, Any]) -> list[tuple[Any, ...]]:
-    head = ("server", "workers", "requests", "requests/s", "MB/s in", "MB/s out", "p50 us", "p99 us", "dense bytes")
+    bytes_of = {"MB/s in": "bytes_received", "MB/s out": "bytes_sent", "MB/s read in place": "bytes_in_place"}
+    head = ("server", "workers", "requests", "requests/s", *bytes_of, "p50 us", "p99 us", "dense bytes")
     return [head] + [
         (
             name, s["workers"], s["requests"], round(s["requests_per_second"]),
-            round(s["bytes_received_per_second"] / 1e6, 1), round(s["bytes_sent_per_second"] / 1e6, 1),
+            *(round(s[f"{what}_per_second"] / 1e6, 1) for what in bytes_of.values()),
             *(None if s[part] is None else round(s[part] * 1e6) for part in ("p50", "p99")),
             s["dense"] and s["dense"]["bytes"],
         )

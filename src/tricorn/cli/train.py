@@ -14,8 +14,7 @@ from tricorn import folder as folders
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import UsageError
 from tricorn.plan import Plan
-from tricorn.planner import foreseen
-from tricorn.planner.auto import choose
+from tricorn.planner.auto import choose, outlook
 from tricorn.run import execute, timing_of
 
 Strategy = StrEnum("Strategy", {"auto": "auto", "ps": "ps", "dp": "dp", "mp": "mp", "ps_dp": "ps+dp", "ps_mp": "ps+mp"})
@@ -83,6 +82,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given.")
     ] = None,
+    replan: Annotated[
+        bool,
+        typer.Option("--replan", help="Change over to a plan that turns out to be clearly faster."),
+    ] = False,
     checkpoint_every: Annotated[str, typer.Option(help="A time (30s) or a number of steps (100).")] = "30s",
     heartbeat_timeout: Annotated[float, typer.Option(help="Seconds of silence after which a role is replaced.")] = 10.0,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
@@ -103,7 +106,7 @@ def train(
         "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
-    prediction = None
+    expected = None
     folder = folders.find(resume, runs) if resume else None
     if folder is not None:
         facts, old = folders.load(folder)
@@ -117,31 +120,25 @@ def train(
     elif job is None:
         raise UsageError("no job is named", remedy="Give the file that declares it: tricorn train FILE.py")
     else:
-        plan, where = replanned(_read(planned) if planned else Plan(strategy="dp"), changes), job
+        plan, where = replanned(folders.read_plan(planned) if planned else Plan(strategy="dp"), changes), job
     file, _, name = where.rpartition(":") if ":" in where else (where, "", "job")
     timing = timing_of(checkpoint_every, heartbeat_timeout)
     if folder is None and planned is None and "strategy" not in changes:
-        plan, prediction = choose((file, name), changes)
+        plan, expected = choose((file, name), changes)
     else:
-        prediction = foreseen((file, name), plan)
-    summary, folder = execute(LocalEngine, (file, name), plan, timing, runs=runs, folder=folder, prediction=prediction)
+        expected = outlook((file, name), plan, thorough=replan)
+    summary, folder = execute(
+        LocalEngine, (file, name), plan, timing, runs=runs, folder=folder, expected=expected, replan=replan
+    )
     if json:
         print(msgspec.json.encode(summary).decode(), flush=True)
-
-
-def _read(file: Path) -> Plan:
-    """A plan from a file. Raises UsageError if it is none."""
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Plan)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"{file} is no plan: {error}", remedy="Have one written by tricorn plan -o FILE.") from None
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
     """The plan with changes. Options that only another strategy has fall away with that strategy."""
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
-        plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads)
+        plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads, memory=plan.memory)
     if str(strategy).startswith("ps") and plan.servers == 0:
         changes = {"servers": 1, **changes}
     return msgspec.structs.replace(plan, **changes)

@@ -34,7 +34,7 @@ class Codec(Protocol):
 class Half:
     """Every element in 16 bits, rounded to the nearest: an error of at most 2^-8 (bf16) or 2^-11 (fp16) of it.
 
-    float16 goes no further than 65504: larger ones become that, and below 6e-5 it has fewer digits.
+    float16 goes no further than 65504: larger finite ones become that, and below 6e-5 it has fewer digits.
     """
 
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class Half:
         local_N = flat_N.detach()
         if self.dtype == torch.float16:
             limit = torch.finfo(torch.float16).max
-            local_N = local_N.clamp(-limit, limit)
+            local_N = torch.where(local_N.isfinite(), local_N.clamp(-limit, limit), local_N)
         return torch.empty(local_N.numel(), dtype=self.dtype).copy_(local_N).view(torch.uint8)
 
     def decode(self, data: Tensor, out_N: Tensor) -> None:

@@ -159,8 +159,15 @@ class Group:
 
     def send(self, tensor: Tensor, peer: int) -> Handle:
         """Begin to send the tensor (contiguous); leave it alone until waited for. In order for each peer."""
-        flat = _flat(tensor)
-        return self._senders[peer].start(lambda: self._guarded(lambda local: self._way.send(local, peer), flat))
+        flat, lane = _flat(tensor), self._senders[peer]
+
+        def send() -> None:
+            self._guarded(lambda local: self._way.send(local, peer), flat)
+
+        # To hand it to another thread, beside one that computes, takes longer than to copy it.
+        if lane.idle and flat.is_cpu and flat.nbytes <= self._way.room(peer):
+            return Handle().run(send)
+        return lane.start(send)
 
     def receive(self, tensor: Tensor, peer: int) -> None:
         """Fill the tensor (contiguous) with the next that ``peer`` sent, of the same size and dtype."""
@@ -191,7 +198,7 @@ class Group:
         if len(local) > 1:
             from tricorn.comm.within import Within  # brings numba, which a group over connections does without
 
-            inner = self._within = Within(self._among(local), label, timeout)
+            inner = self._within = Within(self._among(local), label, timeout, local)
         if len(hosts) == 1:
             return inner
         firsts = [ranks[0] for ranks in hosts]

@@ -48,31 +48,40 @@ class Lane:
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: queue.SimpleQueue[tuple[Handle, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._mutex = threading.Lock()  # of the end: nothing is queued behind it
         self._closed = False
         self._thread: threading.Thread | None = None
         self._last = Handle().run(lambda: None)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or under way."""
+        return self._last.done
+
     def start(self, function: Callable[[], None]) -> Handle:
         """Queue the function. In a closed lane it runs at once."""
-        if self._closed:
-            return Handle().run(function)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._thread.start()
-        self._last = Handle()
-        self._queue.put((self._last, function))
-        return self._last
+        handle = Handle()
+        with self._mutex:
+            if not self._closed:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                    self._thread.start()
+                self._last = handle
+                self._queue.put((handle, function))
+                return handle
+        return handle.run(function)
 
     def run(self, function: Callable[[], None]) -> None:
         """Run the function after all that is queued; in this thread, which saves two switches, if nothing is."""
-        if self._last.done:
+        if self.idle:
             function()
         else:
             self.start(function).wait()
 
     def close(self) -> None:
         """Run what is queued, then end the thread. May be called again."""
-        self._closed = True
+        with self._mutex:
+            self._closed = True
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()

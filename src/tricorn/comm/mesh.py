@@ -75,6 +75,9 @@ class Mesh:
         else:
             self._transfer([], [(self._collective[source], as_bytes(flat))])
 
+    def room(self, peer: int) -> int:
+        return 0
+
     def send(self, flat: Tensor, peer: int) -> None:
         self._transfer([(self._direct[peer], as_bytes(flat))], [])
 

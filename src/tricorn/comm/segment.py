@@ -38,9 +38,12 @@ def here() -> str:
     """Which host this is. Processes with the same answer can share memory and watch each other's lives.
 
     Containers with process ids of their own count as hosts, and so do network namespaces: what stands for a machine
-    in a test is one.
+    in a test is one. Raises ClusterError where there is no /proc to tell.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as error:
+        raise ClusterError(f"this host cannot be told from others: {error}", remedy="Use Linux, with /proc.") from None
     return ":".join([boot, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "net"))])
 
 

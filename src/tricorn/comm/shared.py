@@ -5,6 +5,7 @@ Reductions are taken in rank order, so every rank gets the same bits, and the sa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +48,8 @@ class Shared:
     """The processes of one host that share a group: rank ``rank`` of as many as there are ``tickets``.
 
     ``segment`` is this rank's own, the tickets are those of all ranks in their order; whoever makes the group
-    exchanges them. The constructor raises PeerLost when a peer is gone, ClusterError when one is on another host.
+    exchanges them. ``names``: the numbers by which errors call the ranks, if they are others. The constructor raises
+    PeerLost when a peer is gone, ClusterError when one is on another host.
 
     Every rank must call the same collectives in the same order, with the same sizes, dtypes and roots; when one does
     not, all get UsageError. Collectives are called by one thread; messages and ``interrupt`` by any. Tensors are
@@ -60,19 +62,25 @@ class Shared:
     """
 
     def __init__(
-        self, *, rank: int, segment: Segment, tickets: Sequence[Ticket], label: str, timeout: float = 1800.0
-    ) -> None:
+        self, *, rank: int, segment: Segment, tickets: Sequence[Ticket], label: str, timeout: float = 1800.0,
+        names: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.size = len(tickets)
-        self.bytes_sent = 0  # payload
         self._inside = 0  # the lane's thread, once it has begun
         self._lane = Lane(f"tricorn-{label}")
         self._turns = [0, 0]
-        self._segments = [segment if peer == rank else Segment.attach(ticket) for peer, ticket in enumerate(tickets)]
-        processes = {peer: ticket.pid for peer, ticket in enumerate(tickets) if peer != rank}
-        self._waiting = Waiting(
-            rank=rank, segments=self._segments, processes=processes, label=label, timeout=timeout
-        )  # fmt: skip
+        with contextlib.ExitStack() as undo:
+            self._segments = []
+            for peer, ticket in enumerate(tickets):
+                self._segments.append(segment if peer == rank else Segment.attach(ticket))
+                undo.callback(self._segments[-1].close)
+            processes = {peer: ticket.pid for peer, ticket in enumerate(tickets) if peer != rank}
+            self._waiting = Waiting(
+                rank=rank, segments=self._segments, processes=processes, label=label, timeout=timeout,
+                names=range(self.size) if names is None else names,
+            )  # fmt: skip
+            undo.pop_all()
         self._messages = Messages(self._waiting)
 
     @property
@@ -126,6 +134,10 @@ class Shared:
         """Send to a rank. Up to a megabyte does not wait for the receiver. ``then`` is called at the end."""
         _span(tensor)
         return self._messages.send(tensor, self._peer(peer), tag, later, then)
+
+    def room(self, peer: int) -> int:
+        """How many bytes can be sent to a rank now without waiting for it."""
+        return self._messages.room(self._peer(peer))
 
     def receive(
         self, tensor: Tensor, peer: int | None = None, tag: int = 0, *, later: bool = False, then: Then | None = None
@@ -189,7 +201,6 @@ class Shared:
         self._run(rounds.all_reduce, call, arguments)
         self._turns[0] += count
         self._turns[1] += count
-        self.bytes_sent += 2 * length * (self.size - 1) // self.size
 
     def _broadcast(self, tensor: Tensor, root: int) -> None:
         data, length = _span(tensor)
@@ -205,7 +216,10 @@ class Shared:
         plan[0, 0], plan[1, 0] = _span(tensor)
         self._into(plan, outputs)
         if plan[3, self.rank] != plan[1, 0]:
-            raise UsageError(f"rank {self.rank} gives {plan[1, 0]} bytes, but has room for {plan[3, self.rank]}")
+            raise UsageError(
+                f"rank {self.rank} gives {plan[1, 0]} bytes, but has room for {plan[3, self.rank]}",
+                remedy="Make the tensor and the output of its own rank equal in size.",
+            )
         call = self._call("all_gather", int(plan[3].sum()), tensor.dtype)
         self._pass(call, plan, int(plan[3].max()), 1)
 
@@ -227,7 +241,10 @@ class Shared:
         self._out_of(plan, inputs)
         plan[2, self.rank], plan[3, self.rank] = _span(output)
         if plan[3, self.rank] != plan[1, self.rank]:
-            raise UsageError(f"rank {self.rank} has {plan[1, self.rank]} bytes, but room for {plan[3, self.rank]}")
+            raise UsageError(
+                f"rank {self.rank} has {plan[1, self.rank]} bytes, but room for {plan[3, self.rank]}",
+                remedy="Make the output and the input of its own rank equal in size.",
+            )
         call = self._call("reduce_scatter", int(plan[1].sum()), output.dtype, number)
         reduction = (function, number, output.itemsize)
         self._pass(call, plan, int(plan[1].max()), self.size, everyone=True, reduction=reduction)
@@ -310,7 +327,6 @@ class Shared:
         count = max(1, -(-length // piece))
         self._run(rounds.pass_round, call, (self._turns[0], count, piece, pieces, everyone, plan, *reduction))
         self._turns[0] += count
-        self.bytes_sent += sum(plan[1].tolist())
 
     def _run(self, kernel: Callable[..., int], call: int, arguments: tuple[Any, ...]) -> None:
         if self._waiting.lost:
@@ -320,12 +336,15 @@ class Shared:
         state = kernel(group, call, *arguments)
         if state == rounds.BLOCKED:
             state = self._waiting.insist(
-                lambda: kernel(group, call, *arguments), lambda: int(group[rounds.BLAMED]), _name(call)
+                lambda: kernel(group, call, *arguments),
+                lambda: (int(group[rounds.BLAMED]), int(group[rounds.STAGE])),
+                _name(call),
             )
         if state == rounds.DIFFERS:
-            other = f"rank {group[rounds.BLAMED]} called {_name(int(group[rounds.OTHER]))}"
+            names = self._waiting.names
+            other = f"rank {names[group[rounds.BLAMED]]} called {_name(int(group[rounds.OTHER]))}"
             error = UsageError(
-                f"rank {self.rank} called {_name(call)}, {other}",
+                f"rank {names[self.rank]} called {_name(call)}, {other}",
                 remedy="Call the same operations in the same order, with the same sizes and dtypes, on every rank.",
             )
             self._waiting.hang_up(str(error))

@@ -16,6 +16,7 @@ from tricorn.comm.shared_waiting import Waiting
 from tricorn.errors import PeerLost, UsageError
 
 MAX_MESSAGE = 1 << 40
+HEADER = 16  # bytes: length and tag
 
 Then = Callable[[BaseException | None, int], None]  # called with the error, if any, and the rank it came from
 
@@ -56,6 +57,9 @@ class Messages:
 
     def send(self, tensor: Tensor, peer: int, tag: int, later: bool, then: Then | None) -> Handle:
         return self._out[peer].send(tensor, tag, later, then)
+
+    def room(self, peer: int) -> int:
+        return self._out[peer].room
 
     def receive(self, tensor: Tensor, peer: int | None, tag: int, later: bool, then: Then | None) -> Arrival:
         arrival = Arrival(tensor, tag, then)
@@ -99,13 +103,15 @@ class _Stream:
             return rounds.DONE if state and give_up and not self._counts[1] and give_up() else state
 
         if attempt() != rounds.DONE:
-            self._waiting.insist(attempt, lambda: self._peer, f"{self._what} rank {self._peer}")
+            what = f"{self._what} rank {self._peer}"
+            self._waiting.insist(attempt, lambda: (self._peer, int(self._counts[0])), what)
         return bool(self._counts[1] == length)
 
 
 class _Outbox:
     def __init__(self, waiting: Waiting, peer: int) -> None:
         self._stream = _Stream(waiting, peer, rounds.push, "sending to")
+        self._turn = threading.Lock()  # a message is sent as a whole
         self._lane = Lane(f"tricorn-to-{peer}")
 
     def send(self, tensor: Tensor, tag: int, later: bool, then: Then | None) -> Handle:
@@ -113,8 +119,9 @@ class _Outbox:
 
         def work() -> None:
             try:
-                self._stream.move(header.ctypes.data, header.nbytes)
-                self._stream.move(tensor.data_ptr(), tensor.nbytes)
+                with self._turn:
+                    self._stream.move(header.ctypes.data, header.nbytes)
+                    self._stream.move(tensor.data_ptr(), tensor.nbytes)
             except BaseException as error:
                 if then:
                     then(error, -1)
@@ -122,10 +129,15 @@ class _Outbox:
             if then:
                 then(None, -1)
 
-        if later and self._stream.room < header.nbytes + tensor.nbytes:
+        if later and (self._turn.locked() or self.room < tensor.nbytes):
             return self._lane.start(work)
         self._lane.run(work)
         return Handle().run(lambda: None)
+
+    @property
+    def room(self) -> int:
+        """Bytes of a message that can be sent without waiting, unless others are being sent."""
+        return self._stream.room - HEADER
 
     def close(self) -> None:
         self._lane.close()
@@ -175,9 +187,9 @@ class _Inbox:
             pass
         with self._mutex:
             self._purge()
-            self._driven = bool(self._expected)
-            if self._driven:
-                self._lane.start(self._drive_rest)
+            self._driven = more = bool(self._expected)
+        if more:
+            self._lane.start(self._drive_rest)
 
     def _drive_rest(self) -> None:
         while True:

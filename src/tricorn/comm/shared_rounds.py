@@ -22,6 +22,7 @@ from tricorn.comm.kernel import kernel
 # The layout of a segment, in bytes. Words that different ranks write are in cache lines of their own.
 LINE = 64
 STATE, BELL, RINGS = 0, LINE, 2 * LINE  # RINGS: filled and done of ring 0, then of ring 1
+WAITS = 6 * LINE  # when it last waited, and for whom; not read by what is compiled
 TEXT, TEXT_BYTES = 8 * LINE, 8 * LINE
 SLOTS, HEADER = 4, LINE
 CONTROL = 4096

@@ -6,6 +6,7 @@ accumulated in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 from functools import cache
 from typing import Any
@@ -293,5 +294,6 @@ def _compiled(dtype: torch.dtype) -> Any:
     # One process at a time: numba numbers what it keeps of a function, and two that keep code for different dtypes at
     # once may choose the same number, so that a later process would be given the code of the other dtype.
     with open(__file__) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # network file systems lock only what is open for writing
+            fcntl.flock(file, fcntl.LOCK_EX)
         return callback(signature, body)

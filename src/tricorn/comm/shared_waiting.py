@@ -23,6 +23,7 @@ from tricorn.errors import PeerLost
 
 SLICE = 10_000_000  # nanoseconds
 ALIVE, BROKEN, LEFT = range(3)
+FRESH = 200  # milliseconds for which a rank counts as waiting after it has said so, as it does each slice
 
 # Spins and yields before a waiter sleeps. Who has a core to itself spins: a sleeper is woken after 20 µs and more. It
 # yields where ranks outnumber cores, and sleeps at once beside a thread of its own process that computes: spinning
@@ -31,12 +32,17 @@ ALONE, CROWDED, ASIDE = (2000, 20), (20, 50), (20, 0)
 
 
 class Waiting:
-    """The group of ``rank``: the memory of all ranks in their order, and the processes of the others by rank."""
+    """The group of ``rank``: the memory of all ranks in their order, and the processes of the others by rank.
+
+    ``names`` are the numbers by which errors call the ranks.
+    """
 
     def __init__(
-        self, *, rank: int, segments: Sequence[Segment], processes: dict[int, int], label: str, timeout: float
-    ) -> None:
+        self, *, rank: int, segments: Sequence[Segment], processes: dict[int, int], label: str, timeout: float,
+        names: Sequence[int],
+    ) -> None:  # fmt: skip
         self.rank = rank
+        self.names = names
         self.label = label
         self.timeout = timeout  # seconds
         self.others = [*processes]
@@ -52,26 +58,34 @@ class Waiting:
         """What compiled code is told of the group, for the thread that asks."""
         return self._groups[aside()]
 
-    def insist(self, attempt: Callable[[], int], blamed: Callable[[], int], what: str) -> int:
+    def insist(self, attempt: Callable[[], int], blocked_at: Callable[[], tuple[int, int]], what: str) -> int:
         """Attempt again, until no longer blocked by a peer that is alive and in time; returns the state.
 
-        Raises PeerLost that names the peer; the group is of no use then.
+        ``blocked_at`` says by which rank, and how far the operation has come. Raises PeerLost that names the peer; the
+        group is of no use then.
         """
         began, state = time.monotonic(), int(rounds.BLOCKED)
+        before = blocked_at()
         try:
             while state == rounds.BLOCKED:
                 dead = self._liveness.dead()
                 state = attempt()
-                rank, waited = blamed(), time.monotonic() - began
                 if state != rounds.BLOCKED:
                     break
+                if (now := blocked_at()) != before:  # slow, perhaps, but not stuck
+                    before, began = now, time.monotonic()
+                rank, waited = now[0], time.monotonic() - began
+                self._say_waits_for(rank)
                 self._refuse_what_others_gave_up()  # not what is there already: peers may have built on it
                 if rank in dead or self._state(rank) == LEFT:
                     how = "died" if rank in dead else "left the group"
-                    raise PeerLost(f"rank {rank} {how}; {what} of {self.label!r} had waited {waited:.1f} s for it")
-                if waited > self.timeout:
                     raise PeerLost(
-                        f"rank {rank} has not come to {what} of {self.label!r}; waited {waited:.1f} s for it"
+                        f"rank {self.names[rank]} {how}; {what} of {self.label!r} had waited {waited:.1f} s for it"
+                    )
+                if waited > self.timeout:
+                    name = self.names[self._cause(rank)]
+                    raise PeerLost(
+                        f"rank {name} has not come to {what} of {self.label!r}; waited {waited:.1f} s for it"
                     )
         except BaseException as error:
             self.hang_up(str(error) or type(error).__name__)
@@ -97,6 +111,20 @@ class Waiting:
         """Forget the processes. May be called again."""
         self._liveness.close()
 
+    def _say_waits_for(self, rank: int) -> None:
+        words.store(self._segments[self.rank].address + rounds.WAITS, _milliseconds() << 16 | rank)
+
+    def _cause(self, late: int) -> int:
+        """Who holds up a rank that has not come, if that one waits itself; else, or in a circle, that one."""
+        rank, seen = late, {self.rank}
+        while rank not in seen:
+            seen.add(rank)
+            when, waits_for = divmod(int(words.load(self._segments[rank].address + rounds.WAITS)), 1 << 16)
+            if _milliseconds() - when > FRESH:
+                return rank
+            rank = waits_for
+        return late
+
     def _state(self, rank: int) -> int:
         return int(words.load(self._segments[rank].address + rounds.STATE))
 
@@ -106,7 +134,7 @@ class Waiting:
         for rank, segment in enumerate(self._segments):
             if rank != self.rank and self._state(rank) == BROKEN:
                 text = bytes(segment.memory[rounds.TEXT : rounds.TEXT + rounds.TEXT_BYTES]).rstrip(b"\0")
-                raise PeerLost(f"rank {rank} gave up: {text.decode(errors='replace')}")
+                raise PeerLost(f"rank {self.names[rank]} gave up: {text.decode(errors='replace')}")
 
     def _numbers(self, spins: int, yields: int) -> Any:
         size = len(self._segments)
@@ -117,3 +145,8 @@ class Waiting:
         group[rounds.SOURCES] = group.ctypes.data + 8 * (rounds.BASES + size)
         group[rounds.BASES : rounds.BASES + size] = [segment.address for segment in self._segments]
         return group
+
+
+def _milliseconds() -> int:
+    """Of the clock that all processes of the host share."""
+    return time.monotonic_ns() // 1_000_000

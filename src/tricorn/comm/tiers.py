@@ -84,6 +84,9 @@ class Tiers:
         if source not in self._local:
             self._inner.broadcast(flat, 0)
 
+    def room(self, peer: int) -> int:
+        return self._inner.room(self._local.index(peer)) if peer in self._local else 0
+
     def send(self, flat: Tensor, peer: int) -> None:
         if peer in self._local:
             self._inner.send(flat, self._local.index(peer))

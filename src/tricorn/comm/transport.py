@@ -33,6 +33,9 @@ class Transport(Protocol):
 
     def broadcast(self, flat: Tensor, source: int) -> None: ...
 
+    def room(self, peer: int) -> int:
+        """How many bytes could be sent to that rank now without waiting for anybody; 0 where that is not known."""
+
     def send(self, flat: Tensor, peer: int) -> None: ...
 
     def receive(self, flat: Tensor, peer: int) -> None: ...

@@ -19,17 +19,19 @@ from tricorn.comm.shared import SMALL, Shared, new_segment
 class Within:
     """Fulfils ``Transport``. ``mesh`` joins the ranks here while they show each other where their memory is.
 
-    Raises PeerLost when one does not in ``timeout`` seconds.
+    Raises PeerLost when one does not in ``timeout`` seconds. ``names`` are the numbers by which errors call the ranks.
     """
 
     bytes_between = 0
 
-    def __init__(self, mesh: Mesh, label: str, timeout: float) -> None:
+    def __init__(self, mesh: Mesh, label: str, timeout: float, names: Sequence[int]) -> None:
         with contextlib.ExitStack() as undo:
             segment = new_segment(mesh.size, label)
             undo.callback(segment.close)
             tickets = show(mesh, segment.ticket, timeout)
-            self._shared = Shared(rank=mesh.rank, segment=segment, tickets=tickets, label=label, timeout=math.inf)
+            self._shared = Shared(
+                rank=mesh.rank, segment=segment, tickets=tickets, label=label, timeout=math.inf, names=names
+            )
             undo.callback(self._shared.close)
             show(mesh, "attached", timeout)  # before that, nobody may let go of its memory
             undo.pop_all()
@@ -63,6 +65,9 @@ class Within:
         if self._rank == source:
             self._count(flat.nbytes * self._others)
 
+    def room(self, peer: int) -> int:
+        return self._shared.room(peer)
+
     def send(self, flat: Tensor, peer: int) -> None:
         self._shared.send(flat, peer)
         self._count(flat.nbytes)
@@ -72,15 +77,14 @@ class Within:
 
     def expose(self, elements: int, dtype: torch.dtype) -> list[Tensor]:
         """Memory of so many elements for each rank, by rank, that all ranks see; zero at first."""
-        segment = Segment.create(max(1, elements * dtype.itemsize), self._label)
-        segments = [segment]
-        try:
-            tickets = show(self._mesh, segment.ticket, self._timeout)
-            segments = [segment if rank == self._rank else Segment.attach(t) for rank, t in enumerate(tickets)]
+        with contextlib.ExitStack() as closing:  # descriptors; the memory stays
+            own = Segment.create(max(1, elements * dtype.itemsize), self._label)
+            closing.callback(own.close)
+            segments = []
+            for rank, ticket in enumerate(show(self._mesh, own.ticket, self._timeout)):
+                segments.append(own if rank == self._rank else Segment.attach(ticket))
+                closing.callback(segments[-1].close)
             show(self._mesh, "attached", self._timeout)
-        finally:
-            for each in {segment, *segments}:
-                each.close()
         return [torch.frombuffer(each.memory, dtype=dtype, count=elements) for each in segments]
 
     def note_read(self, payload: int) -> None:

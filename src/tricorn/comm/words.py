@@ -26,8 +26,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tricorn.comm.kernel import kernel
+from tricorn.errors import ClusterError
 
-_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}[platform.machine()]
+_FUTEXES = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}  # of each machine: the system call's number
+if platform.machine() not in _FUTEXES:
+    raise ClusterError(
+        f"memory cannot be shared on {platform.machine()}",
+        remedy=f"Use a machine of {', '.join(_FUTEXES)}, with Linux.",
+    )
+_FUTEX = _FUTEXES[platform.machine()]
 _WAIT, _WAKE = 0, 1
 _I64 = ir.IntType(64)
 _ADDRESS, _WORD = types.int64, types.int64
@@ -47,15 +54,6 @@ def _store(typing: Any, address: Any, value: Any) -> Any:
         builder.store_atomic(arguments[1], builder.inttoptr(arguments[0], _I64.as_pointer()), "release", 8)
 
     return types.void(_ADDRESS, _WORD), generate
-
-
-@intrinsic
-def _add(typing: Any, address: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
-
-    return _WORD(_ADDRESS, _WORD), generate
 
 
 @intrinsic
@@ -123,18 +121,6 @@ def load(address: int) -> Any:
 def store(address: int, value: int) -> None:
     """Set the word, after all that was written before (release)."""
     _store(address, value)
-
-
-@kernel
-def add(address: int, value: int) -> Any:
-    """Add to the word, in one; returns what it was (sequentially consistent)."""
-    return _add(address, value)
-
-
-@kernel
-def compare_exchange(address: int, expected: int, value: int) -> Any:
-    """Set the word if it is as expected, in one; returns what it was (sequentially consistent)."""
-    return _compare_exchange(address, expected, value)
 
 
 @kernel

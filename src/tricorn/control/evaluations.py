@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tricorn.control import messages as m
 from tricorn.control.facts import Facts
 
@@ -30,6 +32,11 @@ class Evaluations:
         del self._shares[share.step]
         self.done.add(share.step)
         return _means([shares[name] for name in sorted(shares)])
+
+    def shares(self, workers: int) -> list[tuple[int, int]]:
+        """The samples [start, stop) that each of so many workers judges."""
+        edges = [self._facts.evaluation_samples * i // workers for i in range(workers + 1)]
+        return list(pairwise(edges))
 
     def go_back(self, step: int) -> None:
         """Later steps are undone, and what was measured of them."""

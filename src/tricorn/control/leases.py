@@ -1,7 +1,7 @@
 """Leases: which worker trains on which step of an asynchronous run, and when a step is committed.
 
 A step is lent to one worker, and committed once every server has applied it. A step whose worker died is lent
-again; servers that had applied it drop the repetition (ps/consistency.py), so it still counts once.
+again; servers that had applied it drop the repetition (ps/asynchronous.py), so it still counts once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tricorn.control.intervals import Intervals
 
 
 class Leases:
-    """Pure bookkeeping of the steps of one membership epoch. Steps are lent in order, never across ``limit``.
+    """Pure bookkeeping of the steps of one membership epoch. Steps are lent in order, below ``limit``, 0 at first.
 
     ``applied`` says for each server which steps it holds; ``committed`` are those that all hold.
     """

@@ -241,9 +241,13 @@ class Kill(Message, frozen=True, kw_only=True):
 
 
 class Progress(Message, frozen=True, kw_only=True):
+    """``measured``: what a step took so far, by term (report/compare.py), in ``measured_steps`` of each worker."""
+
     step: int
     loss: float
     samples_per_second: float
+    measured: dict[str, float] = {}
+    measured_steps: float = 0.0
 
 
 class Evaluation(Message, frozen=True, kw_only=True):

@@ -73,7 +73,11 @@ class Record:
         self._shown = now
         elapsed = now - self._recent[0][0]
         rate = sum(count for _, count in self._recent) / elapsed if elapsed > 0 else 0.0
-        return Progress(step=max(steps) + 1, loss=total / count, samples_per_second=rate)
+        spent = [*self._spent.values()]
+        return Progress(
+            step=max(steps) + 1, loss=total / count, samples_per_second=rate,
+            measured=compare.measured(spent, self._plan), measured_steps=compare.counted(spent),
+        )  # fmt: skip
 
     def trace(self, step: int, loss: float) -> None:
         self._loss = loss
@@ -115,6 +119,7 @@ class Record:
 
     def finish(self, outcome: str, bytes_sent: int, peak_bytes: dict[str, int]) -> dict[str, Any]:
         """Write and return the summary. ``peak_bytes``: the most memory of each role."""
+        changes = self._changes()
         order = self._order
         committed = self.ledger.committed()
         seconds = time.time() - self._began if self._began is not None else 0.0
@@ -138,8 +143,9 @@ class Record:
             "samples": samples,
             "seconds": round(seconds, 3),
             "samples_per_second": round(here / seconds, 1) if seconds else 0.0,
-            "bytes_sent": bytes_sent,
+            "bytes_sent": bytes_sent + sum(change["bytes_sent"] for change in changes),
             "peak_bytes": {"coordinator": memory.peak_bytes(), **peak_bytes},
+            "changes": changes,
             "restarts": self.ledger.restarts(),
             "exactly_once": self.ledger.exactly_once(complete=outcome == "done"),
             "loss": self._loss,
@@ -153,10 +159,18 @@ class Record:
         partial.replace(path)
         return summary
 
+    def _changes(self) -> list[dict[str, Any]]:
+        """What this launch of the run came to under plans that it had before (run.py)."""
+        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
+            said: dict[str, Any] = msgspec.json.decode((self.folder / "changes.json").read_bytes())
+            return list(said["changes"]) if said["launch"] == self._launch else []
+        return []
+
     def _steps(self) -> dict[str, Any]:
         """What a step took, by terms, and what it was predicted to take if it was."""
-        found = compare.measured([*self._spent.values()], synchronous=self._plan.synchronous)
-        told: dict[str, Any] = {"measured": found}
+        spent = [*self._spent.values()]
+        found = compare.measured(spent, self._plan)
+        told: dict[str, Any] = {"measured": found, "measured_steps": compare.counted(spent)}
         with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
             said = msgspec.json.decode((self.folder / "predicted.json").read_bytes())
             predicted = compare.grouped(said["terms"], said["seconds"], found)

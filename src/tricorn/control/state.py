@@ -365,8 +365,9 @@ class Coordinator:
         if leases.outstanding or leases.torn:
             return
         if self._evaluations.due(step) and not self._stopping:
-            self._task = "evaluate"
-            self._out += self._evaluation_shares(step)
+            self._task, judges = "evaluate", self.members.workers()
+            for judge, (start, stop) in zip(judges, self._evaluations.shares(len(judges)), strict=True):
+                self._out.append(Send(judge.role, m.Evaluate(epoch=self.epoch, step=step, start=start, stop=stop)))
         elif (self._stopping or self._save_wished or finished) and self._saved != step:
             self._task = "save"
             self._out += [Send(s.role, m.Save(epoch=self.epoch, step=step)) for s in self.members.servers()]
@@ -375,14 +376,6 @@ class Coordinator:
         elif self._save_wished:
             self._save_wished = False
             self._advance_leased(leases)
-
-    def _evaluation_shares(self, step: int) -> list[Instruction]:
-        workers = self.members.workers()
-        edges = [self.facts.evaluation_samples * i // len(workers) for i in range(len(workers) + 1)]
-        return [
-            Send(worker.role, m.Evaluate(epoch=self.epoch, step=step, start=edges[i], stop=edges[i + 1]))
-            for i, worker in enumerate(workers)
-        ]
 
     # The end.
 

@@ -62,16 +62,22 @@ class Permutation:
     def _encrypt(self, words: _Words) -> _Words:
         left, right = words // self._columns, words % self._columns
         for key_left, key_right in self._keys.reshape(-1, 2):
-            left = (left + _mixed(right ^ key_left) % self._rows) % self._rows
-            right = (right + _mixed(left ^ key_right) % self._columns) % self._columns
+            left = _wrapped(left + _mixed(right ^ key_left) % self._rows, self._rows)
+            right = _wrapped(right + _mixed(left ^ key_right) % self._columns, self._columns)
         return left * self._columns + right
 
     def _decrypt(self, words: _Words) -> _Words:
         left, right = words // self._columns, words % self._columns
         for key_left, key_right in self._keys.reshape(-1, 2)[::-1]:
-            right = (right + self._columns - _mixed(left ^ key_right) % self._columns) % self._columns
-            left = (left + self._rows - _mixed(right ^ key_left) % self._rows) % self._rows
+            right = _wrapped(right + self._columns - _mixed(left ^ key_right) % self._columns, self._columns)
+            left = _wrapped(left + self._rows - _mixed(right ^ key_left) % self._rows, self._rows)
         return left * self._columns + right
+
+
+def _wrapped(words: _Words, size: np.uint64) -> _Words:
+    """Words below twice the size, modulo it: what is below it turns into a huge number when it is taken away."""
+    wrapped: _Words = np.minimum(words, words - size)
+    return wrapped
 
 
 def _mixed(words: _Words) -> _Words:

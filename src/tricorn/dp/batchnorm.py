@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tricorn.errors import PlanError
-from tricorn.state.gradient import forward
+from tricorn.state.gradient import forward, tensors
 
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
@@ -176,11 +176,4 @@ def nothing(job: Job, module: nn.Module, batch: Batch) -> Tensor:
     Its activations are part of the statistics all the same, and its backward of their sums.
     """
     output = forward(job, module, batch)
-    return torch.stack([part.sum() for part in _tensors(output) if part.requires_grad]).sum() * 0.0
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return torch.stack([part.sum() for part in tensors(output) if part.requires_grad]).sum() * 0.0

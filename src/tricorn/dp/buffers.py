@@ -22,8 +22,12 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        equal = {f"{layer}.{name}" for layer, norm in global_layers(module).items() for name, _ in norm.named_buffers()}
-        self._shared = [name for name, _ in module.named_buffers() if name.lstrip(".") not in equal]
+        equal = {
+            f"{layer}.{name}".lstrip(".")
+            for layer, norm in global_layers(module).items()
+            for name, _ in norm.named_buffers()
+        }
+        self._shared = [name for name, _ in module.named_buffers() if name not in equal]
         self._before: list[tuple[str, Tensor, int, Tensor]] = []
 
     def begin(self) -> None:

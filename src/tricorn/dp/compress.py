@@ -136,10 +136,6 @@ class CompressedSum(buckets.GradientSum):
         self._count = torch.zeros(1, dtype=torch.float64)
         self._lane = Lane("")
 
-    def resize(self, size: int) -> None:
-        # Always the same cuts: what a rank keeps back is of the part of each bucket that it sums.
-        super().resize(buckets.BUCKET_BYTES)
-
     def begin(self, group: Group, count: int) -> None:
         super().begin(group, count)
         if group is not self._known:

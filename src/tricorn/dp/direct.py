@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tricorn.dp.in_place import InPlace
 from tricorn.dp.shared_state import SharedState
 from tricorn.errors import PeerLost
 from tricorn.state.flat import trained_parameters
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class DirectSum:
     """The gradient of a state, summed over a group of one host. ``exposed`` is from ``Group.expose(N, ...)``.
 
-    Call ``begin``, then one backward or none, then ``finish``; a step either ends with ``update`` or is abandoned.
+    Call ``begin``, then one forward and backward or none, with ``write`` between them, then ``finish``; a step either
+    ends with ``update`` or is abandoned.
     While it lives, backward's gradients are taken from the parameters, which keep none, and the state lies in memory
     that all ranks share. All ranks add in rank order. ``waited``: seconds for which updates have waited for peers.
     """
@@ -39,6 +41,7 @@ class DirectSum:
         self._exposed = exposed
         self._shared = SharedState(state, group, exposed)
         self._last = False  # whether what runs is the last backward of the step
+        self._writing = False  # whether it has begun
         self._missing: set[Tensor] = set()
         trained = dict(trained_parameters(state.module))
         self._places: dict[Tensor, Entry] = {trained[entry.name]: entry for entry in state.entries}
@@ -47,6 +50,7 @@ class DirectSum:
             parameter.grad = None
             register: Callable[..., torch.utils.hooks.RemovableHandle] = parameter.register_post_accumulate_grad_hook
             self._hooks.append(register(self._take))
+        self._linear = InPlace(state.module, self)
 
     def begin(self) -> None:
         """The backward that follows is the last of the step."""
@@ -54,8 +58,26 @@ class DirectSum:
             raise PeerLost("the group of the last step is lost")  # peers may still read the gradient of that step
         self._last, self._missing = True, set(self._places)
 
+    def write(self) -> None:
+        """That backward begins: layers may write their gradients themselves (in_place.py)."""
+        self._writing = True
+
+    def claim(self, parameter: Tensor) -> tuple[Tensor, bool] | None:
+        """As ``in_place.Places``: not what the user's hooks want to see, nor what is added to earlier microbatches."""
+        if (
+            not self._writing
+            or parameter.grad is not None
+            or parameter._backward_hooks
+            or parameter not in self._places
+        ):
+            return None
+        more = parameter not in self._missing
+        self._missing.discard(parameter)
+        return self._place(parameter), more
+
     def finish(self, status: Tensor) -> None:
         """Return when all ranks' gradients are there and ``status`` is a sum over them. Raises PeerLost."""
+        self._writing = False
         for parameter in list(self._missing):
             if parameter.grad is None:
                 self._place(parameter).zero_()
@@ -83,7 +105,7 @@ class DirectSum:
         """
         if self._last:
             self._group.interrupt()
-        self._last = False
+        self._last = self._writing = False
         for parameter in self._places:
             parameter.grad = None
         return not self._group.over or self._shared.leave()
@@ -100,6 +122,7 @@ class DirectSum:
         """Take no gradient any more. The hooks hold this object, and its shared memory, in a hidden circle."""
         for hook in self._hooks:
             hook.remove()
+        self._linear.close()
 
     def _note_read(self) -> None:
         """The others have read their parts of this gradient, and this part of the weights."""
@@ -109,14 +132,14 @@ class DirectSum:
         self._group.note_read((len(weights_N) + (others - 1) * (stop - start)) * weights_N.itemsize)
 
     def _take(self, parameter: Tensor) -> None:
-        if not self._last:
+        if not self._last or parameter.grad is None:  # None: a layer has written it
             return
-        assert parameter.grad is not None
+        grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         if parameter in self._missing:
             self._missing.remove(parameter)
-            self._place(parameter).copy_(parameter.grad)
-        else:  # a backward within the backward has come to it again
-            self._place(parameter).add_(parameter.grad)
+            self._place(parameter).copy_(grad)
+        else:  # another use of it wrote before, or a backward within the backward has come to it again
+            self._place(parameter).add_(grad)
         parameter.grad = None
 
     def _place(self, parameter: Tensor) -> Tensor:

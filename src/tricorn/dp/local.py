@@ -1,189 +1,61 @@
-"""Workers that make several updates each by itself before they meet: local SGD, and DiLoCo.
-
-A round is the steps between two meetings; it ends with every ``plan.local_steps``-th step of an epoch and with the
-epoch. At its end the workers agree on how far they went from the weights they began with, weighted by how much each
-has counted, and an outer optimizer takes that for a gradient: plain steps of 1 make it the average of the workers
-(McMahan et al. 2017; Stich 2019), Nesterov's momentum makes it DiLoCo (Douillard et al. 2023).
-"""
+"""Local updates under data parallel: at the end of a round the workers add up how far each went (worker/rounds.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tricorn.comm.group import Group
-from tricorn.comm.peers import Peers
-from tricorn.data.order import steps_per_epoch
 from tricorn.dp.compress import gradient_sum
-from tricorn.optim import SGD
-from tricorn.state.flat import FlatState, build_model, device_of, flat_pieces
-from tricorn.state.gradient import (
-    check_finite,
-    clip_factor,
-    forward_backward,
-    judge_share,
-    learning_rate,
-    squared_norm,
-)
+from tricorn.state.flat import OUTER_PREFIX, FlatState, build_model, device_of, flat_pieces
+from tricorn.state.gradient import check_finite
 from tricorn.state.shards import CheckpointReader, Piece
-from tricorn.state.whole_rows import open_checkpoint
-from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
-
-OUTER = {"average": SGD(lr=1.0), "nesterov": SGD(lr=0.7, momentum=0.9, nesterov=True)}  # DiLoCo, section 3.1
+from tricorn.strategy import Context, Outcome
+from tricorn.worker.rounds import OUTER, RoundTrainer
 
 
-def round_ends(step: int, steps_per_epoch: int, local_steps: int) -> bool:
-    """Whether a step, counted from 0, is the last of its round."""
-    done = step % steps_per_epoch + 1
-    return done % local_steps == 0 or done == steps_per_epoch
-
-
-class LocalTrainer:
-    """Fulfils ``tricorn.strategy.Trainer``. At the end of a round all hold the same weights bit for bit.
-
-    A round that fails leaves the state as it was at its beginning. The job's optimizer has a state of its own on
-    each worker; a worker that joins begins with that of the peer it copies from, and rank 0's goes into checkpoints.
-    Buffers are rank 0's.
-    """
-
-    part: str | None = "model"
+class LocalTrainer(RoundTrainer):
+    """Fulfils ``tricorn.strategy.Trainer``. The outer optimizer has the same state on all."""
 
     def __init__(self, context: Context) -> None:
-        self._context = context
-        self._job = context.job
         self._outer = OUTER[context.plan.outer]
-        self._steps_per_epoch = steps_per_epoch(len(self._job.train), self._job.batch_size)
-        self._peers = Peers(context, "dp")
-        self._build()
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._peers.bytes_sent
-
-    def held(self) -> int | None:
-        return self._held
-
-    def join(self, seat: Seat) -> None:
-        group = self._peers.join(seat)
-        self._rewind()
-        match seat.source:
-            case "initial":
-                if not self._untouched:
-                    self._build()
-                self._keep()
-            case "checkpoint":
-                assert seat.checkpoint is not None
-                self._load(open_checkpoint(self._job, seat.checkpoint, seat.step))
-            case "peer":
-                self._copy(group, seat)
-        assert self.held() == seat.step, f"holds step {self.held()} where the seat says {seat.source} {seat.step}"
-
-    def share(self, samples: int) -> tuple[int, int]:
-        return even_share(samples, self._context.rank, self._context.plan.workers)
-
-    def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
-        assert step == self._state.step
-        try:
-            alone = self._learn(step, batch, wishes)
-            if not round_ends(step, self._steps_per_epoch, self._context.plan.local_steps):
-                return alone
-            return self._meet(self._peers.group, step)
-        except BaseException:
-            self._peers.give_up()
-            self._sum.abandon()
-            self._rewind()
-            raise
-
-    def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
-        judge_share(self._job, self._state.module, batch, judge)
+        super().__init__(context, "dp")
 
     def pieces(self) -> Sequence[Piece]:
         if self._context.rank:
             return []
         return self._state.pieces() + flat_pieces(self._outer_tensors(), self._state.entries)
 
-    def interrupt(self) -> None:
-        self._peers.interrupt()
-
-    def close(self) -> None:
-        self._peers.leave()
-
-    def _build(self) -> None:
-        self._untouched = True  # whether these are still the weights of the seed
-        self._held: int | None = None  # the step of which what is kept is the state, once that is settled
-        self._state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
-        self._sum = gradient_sum(self._state, self._context.plan.compress)
-        self._outer_slots = {slot: torch.zeros_like(self._state.weights_N) for slot in self._outer.slots}
-        self._kept = [tensor.clone() for tensor in self._changing()]
-        self._round = [0.0] * (3 + len(Wishes()))  # as Outcome.of takes it: this worker's part of the round
-
-    def _changing(self) -> list[Tensor]:
-        """What the steps of a round change, the weights first."""
-        return [*self._state.tensors().values(), *self._state.module.buffers()]
+    def _build_state(self) -> FlatState:
+        state = FlatState(build_model(self._job), self._job.optimizer, device_of(self._job))
+        self._sum = gradient_sum(state, self._context.plan.compress)
+        self._outer_slots = {slot: torch.zeros_like(state.weights_N) for slot in self._outer.slots}
+        return state
 
     def _outer_tensors(self) -> dict[str, Tensor]:
-        return {f"outer/{slot}": flat_N for slot, flat_N in self._outer_slots.items()}
+        return {f"{OUTER_PREFIX}/{slot}": flat_N for slot, flat_N in self._outer_slots.items()}
 
-    def _keep(self) -> None:
-        """A round begins here."""
-        for kept, tensor in zip(self._kept, self._changing(), strict=True):
-            kept.copy_(tensor)
-        self._held = self._state.step
-        self._round = [0.0] * len(self._round)
-
-    def _rewind(self) -> None:
-        """Go back to where the round began."""
-        if self._held is not None:
-            for kept, tensor in zip(self._kept, self._changing(), strict=True):
-                tensor.copy_(kept)
-            self._state.step = self._held
-        self._state.grads_N.zero_()
-        self._round = [0.0] * len(self._round)
-
-    def _learn(self, step: int, batch: Batch, wishes: Wishes) -> Outcome:
-        """One update from this worker's share alone; none from a share without anything to count."""
-        state = self._state
-        loss_sum = forward_backward(self._job, state.module, batch) if batch.samples else 0.0
-        alone = Outcome(loss_sum, batch.count, batch.samples, wishes, agreed=False)
-        check_finite(step, alone)
-        if batch.count:
-            state.grads_N.div_(batch.count)
-            if self._job.clip_norm is not None:
-                state.grads_N.mul_(clip_factor(self._job, squared_norm(state.grads_N)))
-            state.update(lr=learning_rate(self._job, step))
-        else:
-            state.step += 1
-        part = (loss_sum, batch.count, batch.samples, *wishes)
-        self._round = [before + now for before, now in zip(self._round, part, strict=True)]
-        return alone
-
-    def _meet(self, group: Group, step: int) -> Outcome:
-        """Turn what the workers learned in this round into one outer update, the same on all."""
+    def _meet(self, group: Group, step: int, count: int) -> Outcome:
         state, start_N = self._state, self._kept[0]
-        count = int(self._round[1])
-        torch.sub(start_N, state.weights_N, out=state.grads_N).mul_(count)
         status = torch.tensor(self._round, dtype=torch.float64)
-        self._sum.begin(group, count)
+        self._sum.begin(group, int(self._round[1]))
         self._sum.finish(status)
         outcome = Outcome.of(status.tolist())
         check_finite(step, outcome)
-        for buffer in state.module.buffers():
-            sent = buffer.contiguous()
-            group.broadcast(sent, 0)
-            buffer.copy_(sent)
         state.weights_N.copy_(start_N)
         state.grads_N.div_(max(outcome.count, 1))
         self._outer.update(state.weights_N, state.grads_N, self._outer_slots, step=1, lr=self._outer.lr)
-        state.grads_N.zero_()
-        self._untouched = False
-        self._keep()
         return outcome
 
+    def _between(self, step: int, count: int) -> None:
+        """Nobody hears of it."""
+
+    def _abandon(self) -> None:
+        self._sum.abandon()
+
     def _load(self, reader: CheckpointReader) -> None:
-        self._held, self._untouched = None, False
         self._state.load(reader)
         for prefix, flat_N in self._outer_tensors().items():
             for entry in self._state.entries:
@@ -192,20 +64,6 @@ class LocalTrainer:
                     flat_N[entry.start : entry.stop] = reader.read_whole(stored, entry.shape)
                 else:
                     flat_N[entry.start : entry.stop] = 0
-        self._keep()
 
-    def _copy(self, group: Group, seat: Seat) -> None:
-        """Take the state from the peer that has it; those that have it too take part, so that no one needs to know.
-
-        They keep their own: the state of the job's optimizer is not the same on all.
-        """
-        has_it = self._held == seat.step
-        if not has_it:
-            self._held, self._untouched = None, False
-        for tensor in (*self._changing(), *self._outer_slots.values()):
-            sent = tensor.clone(memory_format=torch.contiguous_format)
-            group.broadcast(sent, seat.peer)
-            if not has_it:
-                tensor.copy_(sent)
-        self._state.step = seat.step
-        self._keep()
+    def _replicated(self) -> list[Tensor]:
+        return [*self._changing(), *self._outer_slots.values()]

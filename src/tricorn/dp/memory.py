@@ -1,13 +1,19 @@
-"""How much memory a data parallel worker needs. Pure."""
+"""How much memory a data parallel worker needs. Pure.
+
+Of workers on one host the least counts what they share once, for that is what has to fit; the most is what a process
+is seen to have resident, which counts all pages of shared memory that it has touched.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tricorn.state.footprint import state_bytes
+from tricorn.state.footprint import peak_bytes, state_bytes
 
 if TYPE_CHECKING:
     from tricorn.plan import Plan
+
+GATHERED = 6  # units of zero=3 that are whole at a time: fetched ahead, in use, and their gradients. Measured
 
 
 def worker_bytes(plan: Plan, weights: int, others: int, optimizer: Any, together: int = 1) -> int:
@@ -21,3 +27,23 @@ def worker_bytes(plan: Plan, weights: int, others: int, optimizer: Any, together
         return state_bytes(-(-weights // plan.workers), others, optimizer)
     state = state_bytes(weights, others, optimizer, spread=plan.workers if plan.zero else 1)
     return weights + (state - weights) // together
+
+
+def resident_bytes(
+    plan: Plan, weights: float, others: float, slots: int, *, largest: float, kept: float, hosts: int = 1
+) -> float:
+    """The most resident bytes of the fullest worker, beside what it has without a model.
+
+    That is the first of replicas, which writes the checkpoints. ``largest``: bytes of the largest block's weights;
+    ``kept``: of activations.
+    """
+    p = plan.workers
+    own = weights / p if plan.zero else weights
+    passing = largest  # a gradient is taken as soon as autograd has made it
+    if plan.zero == 3:
+        held, passing = (2 + slots) * own, min(GATHERED * largest, 2 * weights)
+    elif plan.zero or hosts > 1:
+        held = 2 * weights + slots * own
+    else:  # gradients are added up in one place and given to the others in another, of which they read their part
+        held = (3 + slots) * weights + (p - 1) / p * weights
+    return peak_bytes(held + others, passing + kept, (1 + slots) * own + others, largest)

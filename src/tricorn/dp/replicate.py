@@ -81,7 +81,7 @@ class ReplicaTrainer(Worker):
             self._direct.begin()
         else:
             self._sum.begin(group, batch.count)
-        return total + self._backward(last)
+        return total + self._backward(last, self._direct.write if self._direct else None)
 
     def _finish_sum(self, status: Tensor) -> None:
         (self._direct or self._sum).finish(status)
@@ -89,6 +89,7 @@ class ReplicaTrainer(Worker):
     def _abandon(self) -> None:
         if self._direct:
             self._whole &= self._direct.abandon()
+            self._untouched &= self._whole
         else:
             self._sum.abandon()
 

@@ -136,7 +136,7 @@ class ShardTrainer(Worker):
         if total is not None:
             torch.autograd.backward(total)
         self._gather.end()
-        return 0.0 if total is None else total.item()
+        return total.item() if total is not None and part and part.count else 0.0
 
     def _waited(self) -> float:
         return super()._waited() + self._gather.waited

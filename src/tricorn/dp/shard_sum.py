@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from tricorn.errors import PeerLost, PlanError
+from tricorn.errors import PlanError
 
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
@@ -77,7 +77,7 @@ class ShardSum:
         if self._group is not None:
             self._group.interrupt()
         while self._sending:
-            with contextlib.suppress(PeerLost):
+            with contextlib.suppress(Exception):  # the step has failed already
                 self._sending.popleft().handle.wait()
         self._group = None
         self._whole.clear()
@@ -100,7 +100,8 @@ class ShardSum:
         if unit not in self._whole:
             self._whole[unit] = unit.own_s.new_zeros(unit.size)
         assert parameter.grad is not None
-        self._whole[unit][entry.start : entry.stop] += parameter.grad.flatten()
+        grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        self._whole[unit][entry.start : entry.stop] += grad.flatten()
         parameter.grad = None
         self._missing[place].discard(number)
         if not self._missing[place]:

@@ -21,6 +21,7 @@ from tricorn.errors import Diverged
 from tricorn.state.beside import WholeTables
 from tricorn.state.flat import model_without_rows
 from tricorn.state.gradient import check_finite, clip_factor, forward_backward, judge_share, learning_rate, portion
+from tricorn.state.memory import give_back
 from tricorn.state.shards import Piece
 from tricorn.strategy import Batch, Beside, Context, Outcome, Seat, Wishes
 
@@ -44,10 +45,11 @@ class Worker(ABC):
         self._untouched = True  # whether these are still the weights of the seed
         self._balance = Balance(context.plan.workers)
         self._tuner: Tuner | None = None
-        self._last: list[int] = []  # the shares of the last step, if there was one in this membership epoch
+        self._last: list[int] = []  # the samples of each in the last step, if there was one in this membership epoch
         self._busy = self._took = 0.0  # seconds of the last step: computing, and altogether
         self.computed = 0.0
         self._prepare(self._build())
+        give_back()  # the weights lie in other memory now than those of the new model did
 
     @property
     def bytes_sent(self) -> int:
@@ -71,7 +73,7 @@ class Worker(ABC):
         shares = share_sizes(self._balance.weights, samples)
         self._buffers.begin()
         try:
-            outcome, rows_square, changed = self._agree(group, step, batch, shares, wishes)
+            outcome, rows_square, changed, loads = self._agree(group, step, batch, shares, wishes)
             check_finite(step, outcome)
             self._buffers.spread(group, changed, first_of(shares))
             mean, scale = 1 / max(outcome.count, 1), 1.0
@@ -92,7 +94,7 @@ class Worker(ABC):
         self._busy += time.perf_counter() - computed - (self._waited() - waited)
         self._publish(group)
         self._took = time.perf_counter() - began
-        self._last = shares
+        self._last = loads
         return outcome
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
@@ -179,27 +181,32 @@ class Worker(ABC):
 
     def _agree(
         self, group: Group, step: int, batch: Batch, shares: list[int], wishes: Wishes
-    ) -> tuple[Outcome, float, list[float]]:
+    ) -> tuple[Outcome, float, list[float], list[int]]:
         """Sum gradients, loss and wishes over all workers.
 
-        Also the squared norm of the gradient of what is beside, and which buffers changed.
+        Also the squared norm of the gradient of what is beside, which buffers changed, and how many samples each worker
+        had: what was fetched ahead was cut by the weights of then.
         """
         if self._tuner is not None:
             self._tuner.begin(first_of(self._last))
-        busy = [0.0] * group.size
-        busy[group.rank] = self._busy
+        busy, loads = [0.0] * group.size, [0] * group.size
+        busy[group.rank], loads[group.rank] = self._busy, batch.samples
         self._beside.fetch(step, self._inputs(batch))
         loss_sum = self._compute(group, batch, shares)
         rows_square = self._beside.hand_over(batch.count)
         status = torch.tensor(
-            [loss_sum, batch.count, batch.samples, *wishes, rows_square, self._took, *busy, *self._buffers.changed()],
+            [
+                *(loss_sum, batch.count, batch.samples, *wishes, rows_square, self._took),
+                *(*busy, *loads, *self._buffers.changed()),
+            ],
             dtype=torch.float64,
         )
         self._finish_sum(status)
         told = status.tolist()
         times = _AGREED + 2 + group.size
+        rest = times + group.size
         self._hear(step, told[_AGREED + 1], told[_AGREED + 2 : times])
-        return Outcome.of(told[:_AGREED]), told[_AGREED], told[times:]
+        return Outcome.of(told[:_AGREED]), told[_AGREED], told[rest:], [int(load) for load in told[times:rest]]
 
     def _compute(self, group: Group, batch: Batch, shares: list[int]) -> float:
         """Add up this worker's part of the gradient; its loss sum."""
@@ -213,11 +220,12 @@ class Worker(ABC):
         self.computed += self._busy
         return loss_sum
 
-    def _backward(self, batch: Batch) -> float:
+    def _backward(self, batch: Batch, before: Callable[[], None] | None = None) -> float:
+        """Forward and backward; ``before`` is called between them."""
         if self._norm and batch.samples and not batch.count:
             torch.autograd.backward(nothing(self._job, self._module, batch))
             return 0.0
-        return forward_backward(self._job, self._module, batch)
+        return forward_backward(self._job, self._module, batch, before)
 
     def _waited(self) -> float:
         """Seconds for which computing has waited for peers, altogether."""

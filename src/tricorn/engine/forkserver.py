@@ -196,12 +196,17 @@ class ForkServer:
     def _hint(self) -> str:
         """Whether the kernel has killed for want of memory since we last knew."""
         before, self._killed_before = self._killed_before, memory.killed_for_memory()
-        if before is None or self._killed_before is None:
-            return ", perhaps for want of memory"
-        if self._killed_before == before:
-            return ""
-        limit = memory.limit_bytes()
-        return " for want of memory" + (f": it may have {limit / 1e6:,.0f} MB" if limit else "")
+        return want_of_memory(before, self._killed_before, memory.limit_bytes())
+
+
+def want_of_memory(before: int | None, now: int | None, limit: int | None) -> str:
+    """What to add to "killed by SIGKILL": how many the kernel had killed for want of memory ``before``, and has now."""
+    if before is None or now is None:
+        return ", perhaps for want of memory"
+    if now == before:
+        return ""
+    room = f": it may have {limit / 1e6:,.0f} MB" if limit else ""
+    return f" for want of memory{room}; `tricorn plan` lists what each plan needs"
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ _FOR_ROLES = (
     "tricorn.control.record",
     "tricorn.comm.listener",
 )
+_FOR_SERVED = ("tricorn.ps.server", "tricorn.ps.shared", "tricorn.ps.trainer")
 
 
 def load(file: str | None, name: str, pickle_fd: int | None) -> Job:
@@ -88,22 +89,27 @@ def describe(job: Job, file: str | None, entry: str) -> JobFacts:
     )
 
 
-def warm(job: Job, plan: Plan) -> None:
-    """Import what the roles of this plan will need. Raises PlanError if the plan cannot run the job."""
-    for module in _FOR_ROLES:
+def prepare(plan: Plan, precision: str) -> None:
+    """Import, and compile, what the roles of a plan will need: forks of this process have it then."""
+    for module in (*_FOR_ROLES, *(_FOR_SERVED if plan.served else ())):
         importlib.import_module(module)
     if plan.strategy != "ps" and plan.workers > 1:
         from tricorn.comm import within
 
-        within.warm({getattr(torch, job.precision), torch.float32, torch.float64})
+        within.warm({getattr(torch, precision), torch.float32, torch.float64})
     if plan.dense == "dp" and plan.workers > 1 and plan.compress != "none":
         from tricorn.dp import compress
 
-        compress.warm(plan.compress, torch.float64 if job.precision == "float64" else torch.float32)
+        compress.warm(plan.compress, torch.float64 if precision == "float64" else torch.float32)
     if plan.served:
-        from tricorn.ps import ring, server, shared, trainer  # noqa: F401  what its roles import
+        from tricorn.ps import ring
 
         ring.warm()
+
+
+def warm(job: Job, plan: Plan) -> None:
+    """Have ready what the roles of this plan will need. Raises PlanError if the plan cannot run the job."""
+    prepare(plan, job.precision)
     chosen = strategy.find(plan)
     if reason := chosen.why_not(job, plan):
         raise PlanError(

@@ -22,6 +22,7 @@ from tricorn.engine.forkserver import End, FromServer, Load, Loaded, Spawn, Spaw
 from tricorn.errors import ClusterError, PeerLost, PlanError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.state import cores
 
 CLOSE_SECONDS = 2.0
 _USAGE = {kind.__name__: kind for kind in (UsageError, PlanError)}
@@ -76,7 +77,7 @@ class LocalEngine:
         return answer.job, answer.coordinator
 
     def threads(self, plan: Plan) -> int:
-        return max(1, len(os.sched_getaffinity(0)) // plan.workers)
+        return max(1, cores.usable() // plan.workers)
 
     def start(self, spec: RoleSpec) -> None:
         self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host)))

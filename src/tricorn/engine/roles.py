@@ -90,6 +90,7 @@ def serve(spec: RoleSpec) -> int:
     from tricorn.ps import access
     from tricorn.ps.consistency import histogram
     from tricorn.ps.server import Server
+    from tricorn.state import memory
 
     torch.set_num_threads(1)
     index = rank_of(spec.role)
@@ -124,7 +125,10 @@ def serve(spec: RoleSpec) -> int:
             case m.Shutdown():
                 server.stop()
 
-    server = Server(spec.secret, spec.host, on_snapshot=snapshot, on_applied=applied)
+    # Rows are of the servers only, so those of this machine share all that it has for them.
+    roles = spec.plan.workers + spec.plan.servers
+    limit = memory.limit_bytes(among=-(-spec.plan.servers * memory.sharing() // roles))
+    server = Server(spec.secret, spec.host, on_snapshot=snapshot, on_applied=applied, memory_limit=limit)
     link = _link(spec, handle, lambda: server.bytes_sent)
     saver = _saver(spec, link)
     link.open()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,11 +25,10 @@ class Hybrid:
         """A worker's half: the dense part's trainer, with the tables beside it."""
         from tricorn.hybrid.served import ServedTables
         from tricorn.hybrid.spread import SpreadTables
+        from tricorn.strategy import family
 
-        plan = context.plan
-        family = importlib.import_module(f"tricorn.{plan.dense}").strategy
-        trainer: Trainer = family.trainer(context, ServedTables(context) if plan.served else SpreadTables(context))
-        return trainer
+        served = context.plan.served
+        return family(context.plan).trainer(context, ServedTables(context) if served else SpreadTables(context))
 
 
 strategy: Strategy = Hybrid()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from tricorn.errors import PlanError
 from tricorn.hybrid.tables import spread_tables
 from tricorn.state.flat import model_without_rows, trained_parameters
 from tricorn.state.rows import row_tables
+from tricorn.strategy import family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,9 +23,7 @@ def why_not(job: Job, plan: Plan) -> str | None:
     reason = _served(job, plan, model) if plan.served else _spread(job, plan, model)
     if reason is not None:
         return reason
-    family = importlib.import_module(f"tricorn.{plan.dense}").strategy
-    refusal: str | None = family.why_not(job, plan)
-    return refusal
+    return family(plan).why_not(job, plan)
 
 
 def _served(job: Job, plan: Plan, model: nn.Module) -> str | None:

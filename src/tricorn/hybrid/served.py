@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tricorn.ps.declared import Declared, given_rows
+from tricorn.ps.line import Line
 from tricorn.ps.lookup import Ahead, Lookups
 from tricorn.ps.rows import Wanted
 from tricorn.ps.versions import Versions, foresees
@@ -23,7 +24,6 @@ from tricorn.state.rows import row_tables
 
 if TYPE_CHECKING:
     from tricorn.plan import Compression
-    from tricorn.ps.client import Client
     from tricorn.state.shards import Piece
     from tricorn.strategy import Context, Seat
 
@@ -47,13 +47,11 @@ class ServedTables:
         self._step = 0
         self._foreseen: dict[int, Ahead] = {}  # the step to come, and meanwhile this one
         self._bases: list[int] | None = None  # by server, the versions that this step's rows were read from
-        self._connected: Client | None = None
-        self._sent_before = 0  # by the clients of earlier epochs
+        self._line = Line()
 
     @property
     def bytes_sent(self) -> int:
-        client = self._connected  # read once: another thread may ask while this one closes
-        return self._sent_before + (client.bytes_sent if client else 0)
+        return self._line.bytes_sent
 
     def attach(self, model: nn.Module) -> None:
         self._tables = row_tables(self._context.job, model)
@@ -64,7 +62,7 @@ class ServedTables:
     def join(self, seat: Seat, ranks: Sequence[int], module: nn.Module) -> None:
         self.close()
         declared = Declared(self._context, (), self._tables)
-        self._connected = client = declared.client(seat, compress=self._compress)
+        client = self._line.take(declared.client(seat, compress=self._compress))
         declared.connect(client, len(seat.servers), initial=lambda: self._dense, given=self._given)
         self._versions = Versions(self._context.plan, client, self._dense, seat.step)
         self._step = seat.step
@@ -84,7 +82,7 @@ class ServedTables:
 
     def hand_over(self, count: int) -> float:
         rows = self._lookups.end()
-        ack = self._client.push_sum(
+        ack = self._line.client.push_sum(
             self._step, (0.0, count, 0, 0, 0), self._dense, rows if self._pushes else [], bases=self._bases
         )
         if self._context.rank != 0 or self._context.job.clip_norm is None:
@@ -116,24 +114,15 @@ class ServedTables:
         if self._context.rank == 0:
             self._decide()
             self._versions.pull()
-            self._client.snapshot(self._step)
+            self._line.client.snapshot(self._step)
         return []
 
     def interrupt(self) -> None:
-        if client := self._connected:
-            client.interrupt()
+        self._line.interrupt()
 
     def close(self) -> None:
         self._foreseen.clear()
-        if client := self._connected:
-            self._sent_before += client.bytes_sent
-            self._connected = None
-            client.close()
-
-    @property
-    def _client(self) -> Client:
-        assert self._connected is not None, "join before anything else"
-        return self._connected
+        self._line.close()
 
     def _decide(self) -> None:
         """All steps before this one are agreed: the next pull has the last of them applied where it is not yet."""
@@ -141,4 +130,4 @@ class ServedTables:
         self._versions.decided(self._step, (scale, factor))
 
     def _read(self, wanted: Sequence[Wanted]) -> list[int]:
-        return self._client.read_rows(wanted) if wanted else []
+        return self._line.client.read_rows(wanted) if wanted else []

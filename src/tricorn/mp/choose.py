@@ -1,7 +1,10 @@
-"""Where a job's model is cut: measured, within the memory of each worker, and as the plan says where it says it."""
+"""Where a job's model is cut, and in which order its stages work: measured, within each worker's memory, and as the
+plan says where it says it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,16 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tricorn.errors import PlanError
-from tricorn.mp.cut import Fits, Link, balance, minimax
-from tricorn.mp.measure import Cost, example, measure
+from tricorn.mp.cut import SHARED, Fits, Link, leading, minimax
+from tricorn.mp.measure import Cost, example, measure, update_seconds
 from tricorn.mp.memory import Held, stage_bytes
-from tricorn.mp.partition import Block, blocks_of, legal_cuts
+from tricorn.mp.partition import Block, blocks_of, legal_cuts, wrong_cuts
 from tricorn.mp.schedule import order
-from tricorn.mp.simulate import Work, most_in_flight
-from tricorn.plan import Plan
+from tricorn.mp.simulate import Work, crowded, most_in_flight, simulate
+from tricorn.plan import Plan, Schedule
 from tricorn.state.flat import build_model
 from tricorn.state.footprint import COPIED, FIRST_STEP
-from tricorn.state.memory import limit_bytes, own_bytes, resident_bytes
+from tricorn.state.memory import limit_bytes, own_bytes, resident_bytes, sharing
 from tricorn.state.rows import row_tables
 
 if TYPE_CHECKING:
@@ -26,53 +29,62 @@ if TYPE_CHECKING:
 
     from tricorn.job import Job
 
-# Seconds a byte through shared memory: each side copies; loopback and real links are slower, and the planner's measured
-# figures may be given instead.
-SHARED = Link(copy=0.25e-9, wire=0.0)
-
-
 _MANY = 8  # workers, and microbatches, for which a model is looked at without a plan
+# Of the cuts with the fastest slowest stages, how many are simulated: when a step begins and ends, other stages count.
+_TRIED = 64
+# Of what is slower than the fastest by no more than this, the simplest is taken: measured seconds are no better.
+WORTH = 0.97
 
 
 class Choice(NamedTuple):
-    """The ``cuts``, whether stages ``recompute``, what each of them works, and each worker's peak of resident bytes."""
+    """The ``cuts``, whether stages ``recompute``, the ``schedule``, and each worker's peak of resident bytes."""
 
     cuts: tuple[int, ...]
     recompute: bool
-    works: tuple[Work, ...]
+    schedule: Schedule
     bytes: tuple[int, ...]
 
 
 def choose(
     job: Job, plan: Plan, stages: int, samples: int, microbatches: int, device: torch.device, link: Link = SHARED
 ) -> Choice:
-    """The cuts into so many stages, chunks counted, that make the slowest fastest with ``microbatches`` of ``samples``.
+    """The cuts into so many stages, chunks counted, that make a step with ``microbatches`` of ``samples`` fastest.
 
-    Each worker keeps to its memory, ``plan.memory`` or what the machine lets it have; where that is not enough,
-    activations are computed again unless the plan says not to. A single stage is not measured. Raises PlanError if the
-    model cannot be cut so often, if ``plan.cuts`` are none of its cuts, or if nothing fits; and whatever the user's
-    code raises.
+    The order of work is the plan's; where it says none, the faster of ``1f1b`` and ``zero-bubble``. Each worker keeps
+    to its memory, ``plan.memory`` or what the machine lets it have; where that is not enough, activations are computed
+    again unless the plan says not to. A single stage is not measured. Raises PlanError if the model cannot be cut so
+    often, if ``plan.cuts`` are none of its cuts, or if nothing fits; and whatever the user's code raises.
     """
+    ranks = plan.stages
+    schedules: tuple[Schedule, ...] = ("interleaved",) if stages > ranks else ("1f1b", "zero-bubble")
+    schedules = (plan.schedule,) if plan.schedule else schedules
     if stages == 1:
-        return Choice((), bool(plan.recompute), (), ())
+        return Choice((), bool(plan.recompute), schedules[0], ())
     baseline, resident = own_bytes() + FIRST_STEP + COPIED, resident_bytes() + FIRST_STEP
     model = build_model(job)
     elsewhere = _elsewhere(job, plan, model)
     found = blocks_of(job, model, stages)
-    if plan.cuts is not None:
-        _validate(plan.cuts, found, stages)
+    if plan.cuts is not None and (reason := wrong_cuts(found, plan.cuts, stages)):
+        raise PlanError(reason)
     batch = example(job, samples)
     costs = measure(job, found, batch, device)
-    room = _Room(job, plan, microbatches, baseline, [_held(block, elsewhere) for block in found], costs)
+    held = [_held(block, elsewhere) for block in found]
+    room = _Room(job, plan, microbatches, baseline, held, costs)
     cuts = _legal(found, costs, stages) if plan.cuts is None else list(plan.cuts)
-    seconds, handed_on = [cost.seconds for cost in costs], [cost.handed_on for cost in costs]
-    ranks = plan.stages
+    pace = _Pace(job, ranks, stages, microbatches, held, costs, link, device)
     for recompute in (False, True) if plan.recompute is None else (plan.recompute,):
-        chosen = balance(seconds, stages, cuts, handed_on, link, room.fits(ranks, stages, recompute))
-        if chosen is not None:
-            needs = tuple(count - baseline + resident for count in room.needs(chosen, ranks, recompute))
-            return Choice(chosen, recompute, _works(costs, chosen), needs)
-    raise room.refusal(cuts, ranks, stages)
+        steps = [
+            (pace.step(chosen, schedule), chosen, schedule)
+            for schedule in schedules
+            for chosen in pace.leading(cuts, room.fits(ranks, stages, recompute, schedule))
+        ]
+        if steps:
+            best = {schedule: min(step for step in steps if step[2] == schedule) for *_, schedule in steps}
+            fastest = min(seconds for seconds, *_ in best.values())
+            _, chosen, schedule = next(step for step in best.values() if step[0] * WORTH <= fastest)
+            needs = tuple(count - baseline + resident for count in room.needs(chosen, ranks, recompute, schedule))
+            return Choice(chosen, recompute, schedule, needs)
+    raise room.refusal(cuts, ranks, stages, schedules[0])
 
 
 def fewest_workers(job: Job) -> int | None:
@@ -83,16 +95,7 @@ def fewest_workers(job: Job) -> int | None:
     microbatches = min(_MANY, job.batch_size)
     costs = measure(job, found, example(job, -(-job.batch_size // microbatches)), torch.device("cpu"))
     room = _Room(job, plan, microbatches, baseline, [_held(block, frozenset()) for block in found], costs)
-    return room.enough(_legal(found, costs, 1), 1, 1, recompute=True)
-
-
-def _validate(cuts: Sequence[int], found: Sequence[Block], stages: int) -> None:
-    if len(cuts) != stages - 1:
-        raise PlanError(f"cuts are {len(cuts)}, but {stages} stages have {stages - 1}; give that many")
-    legal = legal_cuts(found)
-    if wrong := [cut for cut in cuts if cut not in legal]:
-        names = ", ".join(f"{c} before {found[c].name}" for c in legal)
-        raise PlanError(f"the model cannot be cut before block {wrong[0]}; its cuts are {names}")
+    return room.enough(_legal(found, costs, 1), 1, 1, "1f1b", recompute=True)
 
 
 def _legal(found: Sequence[Block], costs: Sequence[Cost], stages: int) -> list[int]:
@@ -124,11 +127,51 @@ def _held(block: Block, elsewhere: frozenset[int]) -> Held:
     return Held(weights=weights, others=frozen | {id(b): b.nbytes for b in block.module.buffers()})
 
 
-def _works(costs: Sequence[Cost], cuts: Sequence[int]) -> tuple[Work, ...]:
-    return tuple(
-        Work(*(sum(column) for column in zip(*(cost[:3] for cost in costs[start:stop]), strict=True)))
-        for start, stop in pairwise((0, *cuts, len(costs)))
-    )
+class _Pace:
+    """How fast steps are."""
+
+    def __init__(
+        self, job: Job, ranks: int, stages: int, microbatches: int, held: Sequence[Held], costs: Sequence[Cost],
+        link: Link, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._ranks, self._stages, self._microbatches = ranks, stages, microbatches
+        self._costs, self._link = costs, link
+        self._handed_on = [cost.handed_on for cost in costs]
+        rate = update_seconds(job, device)
+        self._updates = [rate * sum(block.weights.values()) for block in held]
+        # Of the host's cores, those that fall to this line of workers.
+        self._cores = len(os.sched_getaffinity(0)) * ranks / max(sharing(), ranks)
+
+    def leading(self, cuts: Sequence[int], fits: Fits) -> list[tuple[int, ...]]:
+        """Cuts whose slowest stage is fast, an update counted."""
+        seconds = [
+            cost.seconds + update / self._microbatches for cost, update in zip(self._costs, self._updates, strict=True)
+        ]
+        return leading(seconds, self._stages, cuts, self._handed_on, self._link, fits, keep=_TRIED)
+
+    def step(self, cuts: Sequence[int], schedule: Schedule) -> float:
+        """Seconds of a step."""
+        edges = list(pairwise((0, *cuts, len(self._costs))))
+        works = [self._work(start, stop) for start, stop in edges]
+        chunks = len(works) // self._ranks
+        orders = [order(schedule, rank, self._ranks, self._microbatches, chunks) for rank in range(self._ranks)]
+        updates = [sum(self._updates[start:stop]) for start, stop in edges]
+        update = max(sum(updates[rank :: self._ranks]) for rank in range(self._ranks))
+        if self._cores < self._ranks:
+            return crowded(orders, works, self._cores) + max(update, sum(updates) / self._cores)
+        hop = self._link.latency + self._link.wire * max(self._handed_on[cut - 1] for cut in cuts)
+        return simulate(orders, works, hop).seconds + update
+
+    def _work(self, start: int, stop: int) -> Work:
+        """Of a stage of these blocks; what it takes from its neighbours and gives to them, it copies."""
+        crossing = (self._handed_on[start - 1] if start else 0) + (
+            self._handed_on[stop - 1] if stop < len(self._costs) else 0
+        )
+        copying = self._link.copy * crossing / 2
+        forward, inputs, weights = (
+            sum(column) for column in zip(*(cost[:3] for cost in self._costs[start:stop]), strict=True)
+        )
+        return Work(forward + copying, inputs + copying, weights)
 
 
 class _Room:
@@ -145,25 +188,24 @@ class _Room:
         limits = [value for value in (plan.memory, limit_bytes()) if value is not None]
         self._limit = min(limits, default=None)
 
-    def needs(self, cuts: Sequence[int], ranks: int, recompute: bool) -> tuple[int, ...]:
+    def needs(self, cuts: Sequence[int], ranks: int, recompute: bool, schedule: Schedule) -> tuple[int, ...]:
         """The most bytes of each worker."""
-        of = self.of(ranks, len(cuts) + 1, recompute)
+        of = self.of(ranks, len(cuts) + 1, recompute, schedule)
         stages = [of(stage, *edge) for stage, edge in enumerate(pairwise((0, *cuts, self._blocks)))]
         return tuple(self._baseline + sum(stages[rank::ranks]) for rank in range(ranks))
 
-    def fits(self, ranks: int, stages: int, recompute: bool) -> Fits:
+    def fits(self, ranks: int, stages: int, recompute: bool, schedule: Schedule) -> Fits:
         """Whether a stage has room. Chunks of one worker have equal parts of it."""
-        of, limit = self.of(ranks, stages, recompute), self._limit
+        of, limit = self.of(ranks, stages, recompute, schedule), self._limit
 
         def fits(stage: int, start: int, stop: int) -> bool:
             return limit is None or of(stage, start, stop) * (stages // ranks) <= limit - self._baseline
 
         return fits
 
-    def of(self, ranks: int, stages: int, recompute: bool) -> Callable[[int, int, int], int]:
+    def of(self, ranks: int, stages: int, recompute: bool, schedule: Schedule) -> Callable[[int, int, int], int]:
         """The bytes of (stage, start, stop) beside the baseline."""
         chunks = stages // ranks
-        schedule = self._plan.schedule or ("interleaved" if chunks > 1 else "1f1b")
         flying = [most_in_flight(order(schedule, r, ranks, self._microbatches, chunks)) for r in range(ranks)]
 
         def needed(stage: int, start: int, stop: int) -> int:
@@ -171,17 +213,17 @@ class _Room:
 
         return needed
 
-    def refusal(self, cuts: Sequence[int], ranks: int, stages: int) -> PlanError:
+    def refusal(self, cuts: Sequence[int], ranks: int, stages: int, schedule: Schedule) -> PlanError:
         """No cut fits: what is lacking of the cut that needs least, and what would help."""
         assert self._limit is not None
         recompute = self._plan.recompute is not False
-        _, best = minimax(self.of(ranks, stages, recompute), stages, cuts, self._blocks)
-        needs = self.needs(best, ranks, recompute)
+        ((_, best),) = minimax(self.of(ranks, stages, recompute, schedule), stages, cuts, self._blocks)
+        needs = self.needs(best, ranks, recompute, schedule)
         fullest = max(range(ranks), key=needs.__getitem__)
         remedies = ["give each more memory", "smaller microbatches (--microbatches)"]
         if not recompute:
             remedies.insert(0, "compute activations again (recompute)")
-        if more := self.enough(cuts, ranks, stages // ranks, recompute=recompute):
+        if more := self.enough(cuts, ranks, stages // ranks, schedule, recompute=recompute):
             remedies.insert(0, f"use --workers {more * self._plan.replicas * self._plan.tensor}")
         return PlanError(
             f"the model does not fit {ranks} stages: stage {fullest} needs {_mb(needs[fullest])}, "
@@ -189,12 +231,14 @@ class _Room:
             + ", or ".join(remedies)
         )
 
-    def enough(self, cuts: Sequence[int], ranks: int, chunks: int, *, recompute: bool) -> int | None:
+    def enough(
+        self, cuts: Sequence[int], ranks: int, chunks: int, schedule: Schedule, *, recompute: bool
+    ) -> int | None:
         """How many workers in line, more than ``ranks``, have room; None if there are not enough cuts for any."""
         for more in range(ranks + 1, (len(cuts) + 1) // chunks + 1):
             stages = more * chunks
-            _, best = minimax(self.of(more, stages, recompute), stages, cuts, self._blocks)
-            if self._limit is not None and max(self.needs(best, more, recompute)) <= self._limit:
+            ((_, best),) = minimax(self.of(more, stages, recompute, schedule), stages, cuts, self._blocks)
+            if self._limit is not None and max(self.needs(best, more, recompute, schedule)) <= self._limit:
                 return more
         return None
 

@@ -1,81 +1,270 @@
-"""What a pipeline costs: stages from the profile of each layer, its schedule carried out on a virtual clock.
+"""What a mesh costs: stages from the profile of each layer, its schedule carried out on a virtual clock.
 
-Legend: p stages, M microbatches.
+Legend: p stages, v chunks of each, t shards of a layer, R replicas, M microbatches.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from tricorn.errors import PlanError
 from tricorn.mp.cut import Link, balance
+from tricorn.mp.mesh import Mesh, Place, chunks_of
 from tricorn.mp.schedule import microbatches_of, order, split
 from tricorn.mp.simulate import Simulated, Work, simulate
 from tricorn.planner.ground import combined
+from tricorn.planner.parts import Line, Parts, stalls_of, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
+from tricorn.planner.profile import Layer, Splitting
+from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
     from tricorn.plan import Plan
     from tricorn.planner.ground import Ground
-    from tricorn.planner.profile import Layer
+    from tricorn.planner.profile import Profile
+
+MEGABYTE = 1e6
+RECOMPUTED = 1.0  # forwards more, where activations are computed again
+
+
+class Stage(NamedTuple):
+    """Layers of one stage, and the bytes of their trained parameters that one shard has."""
+
+    layers: tuple[Layer, ...]
+    bytes: float
 
 
 def predict(plan: Plan, ground: Ground) -> Prediction:
-    """Of one step. Raises KeyError where nothing like it was measured, ValueError where layers are not known."""
-    if plan.tensor > 1 or plan.schedule == "interleaved":
-        raise ValueError("what layers that workers share, and interleaved stages, cost is not predicted")
-    profile, p = ground.profile, plan.stages
-    layers = profile.layers
-    legal = [index + 1 for index, layer in enumerate(layers[:-1]) if layer.cut_after]
-    if p > 1 and len(legal) < p - 1:
-        raise ValueError(profile.no_layers or f"the model can be cut into {len(legal) + 1} stages at most")
-    samples = profile.batch_size / plan.replicas
-    count = len(split(int(samples), microbatches_of(plan, int(samples))))
-    per_action, per_step = _overheads(ground, p)
-    hop = _Hop(plan, ground)
-    cuts = balance(
-        [layer.seconds for layer in layers], p, legal, [layer.output_bytes for layer in layers],
-        Link(0.0, hop(1.0) - hop(0.0)),
-    ) or ()  # fmt: skip
-    stages = [layers[start:stop] for start, stop in pairwise((0, *cuts, len(layers)))]
-    hosts = ground.places(plan)[0][:p]
-    whole = sum(layer.seconds for layer in layers)
-    works, scatter = [], 0.0
-    for stage, host in zip(stages, hosts, strict=True):
-        seconds, scatter = ground.on(host, plan, samples / count)
-        ratio = seconds / whole if whole else 0.0
-        forward = sum(layer.forward for layer in stage) * ratio
-        backward = sum(layer.backward for layer in stage) * ratio
-        works.append(Work(per_action + forward, per_action + backward, sum(layer.weights for layer in stage) * ratio))
-    handed = [stage[-1].output_bytes * (samples / count) / profile.layer_samples for stage in stages[:-1]]
-    orders = [order(plan.schedule or "1f1b", rank, p, count, 1) for rank in range(p)]
-    simulated = simulate(orders, works, hop(max(handed, default=0.0)))
-    busiest = max(sum(work) for work in works) * count
-    exchange = per_step + 2 * per_action * count
-    largest = max(sum(layer.elements for layer in stage) for stage in stages) * profile.element_bytes
-    away = len(set(hosts)) > 1
-    hops = min(max(0.0, simulated.seconds - busiest), sum(hop(size) for size in handed))
+    """Of one step. Raises KeyError where nothing like it was measured, ValueError for what cannot be laid out."""
+    mesh = _Mesh(plan, ground)
+    found, line = mesh.parts(), mesh.line
+    simulated = simulate(line.orders, line.works, line.hop)
+    M, v = mesh.count, len(line.works) // mesh.p
+    workers = [sum(sum(work) for work in line.works[rank :: mesh.p]) for rank in range(mesh.p)]
+    busiest = max(workers) * M
+    inside = mesh.exchanged * M  # of the busiest stage: what actions are besides arithmetic
+    hops = min(max(0.0, simulated.seconds - busiest), 2 * (mesh.p * v - 1) * line.hop)
+    idle = max(0.0, simulated.seconds - busiest - hops)
+    idle += waiting([seconds * M for seconds in workers] * plan.replicas, found.scatter, _stalls(mesh)) - (
+        busiest - sum(workers) / len(workers) * M
+    )
     terms = {
-        COMPUTE: busiest - 2 * per_action * count,
-        UPDATE: max(ground.updating(plan, largest, host) for host in set(hosts)),
-        EXCHANGE: exchange + (0.0 if away else hops),
-        WIRE: hops if away else 0.0,
-        IDLE: max(0.0, simulated.seconds - busiest - hops),
-        DATA: ground.loading(samples, busiest),
-    }
-    if plan.replicas > 1:
-        summed, _ = ground.exchanging("dp", plan.replicas, largest)
-        terms[EXCHANGE] += summed
-    sent = 2 * sum(handed) * count * plan.replicas
+        COMPUTE: max(0.0, busiest - inside), IDLE: max(0.0, idle), DATA: found.loading, **found.after,
+        EXCHANGE: found.after[EXCHANGE] + inside + (0.0 if mesh.away else hops),
+        WIRE: found.after[WIRE] + (hops if mesh.away else 0.0),
+    }  # fmt: skip
     return Prediction(
         plan=plan,
         terms=terms,
-        scatter=combined((simulated.seconds, scatter), (exchange, ground.links.curve("exchange/mp", p).scatter)),
-        memory=_memory(plan, ground, stages, simulated, samples / count),
-        sent=sent,
-        links={ground.host(hosts[0]).name: sent / 2} if away else {},
-        notes=ground.notes("mp", p, 0.0),
+        scatter=combined((simulated.seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
+        memory=mesh.memory(simulated),
+        sent=mesh.sent,
+        links=mesh.links(),
+        notes=ground.notes("mp", max(2, mesh.p), 0.0),
     )
+
+
+def parts(plan: Plan, ground: Ground) -> Parts:
+    """What a step consists of. Raises as ``predict``."""
+    return _Mesh(plan, ground).parts()
+
+
+class _Mesh:
+    """A plan's workers laid out over the hosts, and its layers over the workers."""
+
+    def __init__(self, plan: Plan, ground: Ground) -> None:
+        self.plan, self.ground, self.profile = plan, ground, ground.profile
+        self.mesh = Mesh.of(plan)
+        self.p, self.v, self.t, self.R = plan.stages, chunks_of(plan), plan.tensor, plan.replicas
+        if self.p < 1 or plan.replicas > self.profile.batch_size:
+            raise ValueError(f"{plan.replicas} replicas have no batch of {self.profile.batch_size} to share")
+        self.samples = self.profile.batch_size / self.R
+        self.count = len(split(int(self.samples), microbatches_of(plan, int(self.samples))))
+        self.hosts = ground.places(plan)[0]
+        lines = [self.mesh.line(self.mesh.rank(Place(r, 0, k))) for r in range(self.R) for k in range(self.t)]
+        self.away = any(self._apart(line) for line in lines)
+        self.splitting = self._splitting()
+        self.stages = self._stages()
+        self.moved = ground.links.curve("exchange/mp", max(2, self.p)).scatter
+        self.per_action, self.per_step = _overheads(ground, max(2, self.p))
+        self.exchanged = 0.0
+        self.line = self._line()
+
+    @property
+    def sent(self) -> float:
+        """Bytes that workers read of each other's in a step."""
+        handed = 2 * sum(self.handed) * self.count * self.R * self.t
+        inside = (sum(self.splitting.sums) + sum(self.splitting.gathers) / 2) if self.splitting else 0.0
+        copies = 2 * (self.R - 1) * self.t * sum(stage.bytes for stage in self.stages)
+        return handed + 2 * (self.t - 1) * inside * self.profile.batch_size + copies
+
+    def parts(self) -> Parts:
+        """What a step consists of."""
+        ground, plan = self.ground, self.plan
+        largest = max(self._of_worker(rank) for rank in range(self.p))
+        summed, wire = self._copies(largest)
+        spread = self.R if plan.zero else 1
+        update = max(ground.updating(plan, largest / spread, host) for host in ground.hosts(plan))
+        after = {UPDATE: update, EXCHANGE: self.per_step + summed, WIRE: wire}
+        loading = ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
+        _, scatter = ground.on(self.hosts[0], plan, self.samples / self.count)
+        return Parts(computing=(), scatter=scatter, loading=loading, after=after, line=self.line)
+
+    def links(self) -> dict[str, float]:
+        """Bytes over the link of the first host, in one direction."""
+        if not self.away and not self._copies_apart:
+            return {}
+        handed = sum(self.handed) * self.count if self.away else 0.0
+        copied = 2 * (self.R - 1) / self.R * max(stage.bytes for stage in self.stages) if self._copies_apart else 0.0
+        return {self.ground.host(self.hosts[0]).name: handed + copied}
+
+    def memory(self, simulated: Simulated) -> dict[str, int]:
+        """Peak bytes of each stage: weights, gradients and slots of its layers, and activations of what is in flight.
+
+        A copy of what is saved is made to be written.
+        """
+        profile, samples = self.profile, self.samples / self.count
+        found = {}
+        for rank, flying in enumerate(simulated.in_flight):
+            mine = self.stages[rank :: self.p]
+            weights = sum(stage.bytes for stage in mine)
+            slots = profile.slots / (self.R if self.plan.zero else 1)
+            layers = [layer for stage in mine for layer in stage.layers]
+            whole, given = self._activations(layers, samples / max(1, profile.layer_samples))
+            kept = flying * given + whole if self.plan.recompute else flying * whole / self.v
+            saved = weights * (1 + profile.slots) / self.R  # replicas share the writing
+            held = peak_bytes(weights * (2 + slots), kept, saved, profile.largest_bytes)
+            found[f"stage {rank}"] = int(self.ground.base("mp") + held)
+        return found
+
+    def _activations(self, layers: list[Layer], times: float) -> tuple[float, float]:
+        """Bytes that layers keep of one microbatch, and that are handed to their first."""
+        if not self.profile.layers:
+            return self.profile.kept_bytes * self.samples / self.count, 0.0
+        kept = sum(layer.kept_bytes / self.t + layer.output_bytes for layer in layers)
+        return kept * times, layers[0].output_bytes * times
+
+    def _splitting(self) -> Splitting | None:
+        if self.t == 1:
+            return None
+        if self.profile.splitting is None:
+            raise ValueError("no layer of the model can be split among workers")
+        return self.profile.splitting
+
+    def _stages(self) -> list[Stage]:
+        """The chunks of all workers, cut so that the slowest is fastest."""
+        profile, count = self.profile, self.p * self.v
+        layers = profile.layers or (_whole(profile),)
+        legal = [index + 1 for index, layer in enumerate(layers[:-1]) if layer.cut_after]
+        if len(legal) < count - 1:
+            raise ValueError(profile.no_layers or f"the model can be cut into {len(legal) + 1} stages at most")
+        hop = self._hop
+        price = Link(0.0, max(0.0, hop(MEGABYTE) - hop(0.0)) / MEGABYTE)
+        seconds, handed = [layer.seconds for layer in layers], [layer.output_bytes for layer in layers]
+        try:
+            cuts = self.plan.cuts or balance(seconds, count, legal, handed, price) or ()
+        except PlanError as error:
+            raise ValueError(str(error)) from None
+        shares = self.splitting.shares if self.splitting else (0.0,) * len(layers)
+        return [
+            Stage(layers[start:stop], profile.element_bytes * sum(
+                layer.elements * (1 - share + share / self.t)
+                for layer, share in zip(layers[start:stop], shares[start:stop], strict=True)
+            ))
+            for start, stop in pairwise((0, *cuts, len(layers)))
+        ]  # fmt: skip
+
+    def _line(self) -> Line:
+        """What a microbatch takes in each stage: of all replicas and shards, the slowest host's."""
+        layers = [layer for stage in self.stages for layer in stage.layers]
+        whole = sum(layer.seconds for layer in layers)
+        shares = list(self.splitting.shares) if self.splitting else [0.0] * len(layers)
+        split_seconds = sum(layer.seconds * share for layer, share in zip(layers, shares, strict=True))
+        summed = self._sums()
+        works, at = [], 0
+        for number, stage in enumerate(self.stages):
+            mine = shares[at : at + len(stage.layers)]
+            at += len(stage.layers)
+            ratio = self._seconds(number % self.p) / whole if whole else 0.0
+            scale = [(1 - share + share / self.t) * ratio for share in mine]
+            forward, backward, weights = (
+                sum(getattr(layer, what) * each for layer, each in zip(stage.layers, scale, strict=True))
+                for what in ("forward", "backward", "weights")
+            )
+            here = sum(layer.seconds * share for layer, share in zip(stage.layers, mine, strict=True))
+            sums = summed * here / split_seconds if split_seconds else 0.0
+            again = RECOMPUTED * forward if self.plan.recompute else 0.0
+            fixed = self.per_action if self.p > 1 else 0.0
+            self.exchanged = max(self.exchanged, 2 * fixed + sums)
+            works.append(Work(fixed + forward + sums / 2, fixed + backward + again + sums / 2, weights))
+        times = self.samples / self.count / max(1, self.profile.layer_samples)
+        self.handed = [stage.layers[-1].output_bytes * times for stage in self.stages[:-1]]
+        schedule = self.plan.schedule or ("interleaved" if self.v > 1 else "1f1b")
+        orders = tuple(tuple(order(schedule, rank, self.p, self.count, self.v)) for rank in range(self.p))
+        hop = self._hop(max(self.handed, default=0.0)) if self.p > 1 else 0.0
+        return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R)
+
+    def _seconds(self, stage: int) -> float:
+        """Of forward and backward of the whole model, for one microbatch, on the slowest host of this stage."""
+        ranks = (self.mesh.rank(Place(r, stage, k)) for r in range(self.R) for k in range(self.t))
+        samples = self.samples / self.count
+        return max(self.ground.on(host, self.plan, samples)[0] for host in {self.hosts[rank] for rank in ranks})
+
+    def _sums(self) -> float:
+        """Seconds that shards exchange for in one microbatch."""
+        if self.splitting is None:
+            return 0.0
+        shards = [self.mesh.shards(self.mesh.rank(Place(r, s, 0))) for r in range(self.R) for s in range(self.p)]
+        apart = any(self._apart(ranks) for ranks in shards)
+        samples, links = self.samples / self.count, self.ground.links
+        way, found = "tcp" if apart else "shared", 0.0
+        for operation, sizes, times in (
+            ("all_reduce", self.splitting.sums, 2), ("all_gather", self.splitting.gathers, 1),
+        ):  # fmt: skip
+            for size in sizes:
+                found += max(links.seconds(f"{way}/{operation}", self.t, size * samples), self._least_exchange)
+                if apart:
+                    part = times * (self.t - 1) / self.t * size * samples
+                    found += self.ground.wire(part, self.hosts[: self.t], times * (self.t - 1))
+        return found
+
+    @property
+    def _least_exchange(self) -> float:
+        """Seconds that a value which shards exchange takes, and its layer takes more for being split, however small."""
+        curves = self.ground.links.curves
+        return curves["split/1"].points[0].seconds if "split/1" in curves else 0.0
+
+    def _of_worker(self, rank: int) -> float:
+        """Bytes of the parameters that a worker of this stage has."""
+        return sum(stage.bytes for stage in self.stages[rank :: self.p])
+
+    @property
+    def _copies_apart(self) -> bool:
+        return any(self._apart(self.mesh.copies(rank)) for rank in range(self.p * self.t))
+
+    def _copies(self, n: float) -> tuple[float, float]:
+        """Seconds that replicas sum gradients for, and seconds of that on the links."""
+        if self.R == 1:
+            return 0.0, 0.0
+        if not self._copies_apart:
+            return self.ground.exchanging("dp", self.R, n)[0], 0.0
+        there = max(Counter(self.hosts).values())  # workers that share a link
+        amount = 2 * (self.R - 1) / self.R * n * there
+        return (
+            self.ground.links.seconds("tcp/all_reduce", 2, n),
+            self.ground.wire(amount, sorted(set(self.hosts)), 2 * (self.R - 1)),
+        )
+
+    def _apart(self, ranks: tuple[int, ...]) -> bool:
+        return len({self.hosts[rank] for rank in ranks}) > 1
+
+    def _hop(self, size: float) -> float:
+        """Seconds from one stage to the next."""
+        there_and_back = self.ground.links.seconds(f"{'tcp' if self.away else 'shared'}/send", 2, size)
+        wire = self.ground.wire(size, sorted(set(self.hosts)), 1) if self.away else 0.0
+        return there_and_back / 2 + wire
 
 
 def _overheads(ground: Ground, p: int) -> tuple[float, float]:
@@ -88,28 +277,16 @@ def _overheads(ground: Ground, p: int) -> tuple[float, float]:
     return per_action, max(0.0, few.seconds - 2 * (few.x + p - 1) * per_action)
 
 
-class _Hop:
-    """Seconds from one stage to the next, by bytes."""
-
-    def __init__(self, plan: Plan, ground: Ground) -> None:
-        hosts = ground.places(plan)[0][: plan.stages]
-        self._ground, self._hosts = ground, sorted(set(hosts))
-        self._way = "tcp" if len(self._hosts) > 1 else "shared"
-
-    def __call__(self, size: float) -> float:
-        there_and_back = self._ground.links.seconds(f"{self._way}/send", 2, size)
-        wire = self._ground.wire(size, self._hosts, 1) if len(self._hosts) > 1 else 0.0
-        return there_and_back / 2 + wire
+def _whole(profile: Profile) -> Layer:
+    """A model that was not followed is one layer."""
+    part = 1 / 3
+    return Layer(
+        name=profile.name, forward=part, backward=part, weights=part, elements=profile.elements, output_bytes=0,
+        kept_bytes=0, cut_after=False,
+    )  # fmt: skip
 
 
-def _memory(
-    plan: Plan, ground: Ground, stages: list[tuple[Layer, ...]], simulated: Simulated, samples: float
-) -> dict[str, int]:
-    """Peak bytes of each stage: weights, gradients and slots of its layers, and activations of what is in flight."""
-    profile = ground.profile
-    found = {}
-    for rank, (stage, flying) in enumerate(zip(stages, simulated.in_flight, strict=True)):
-        weights = sum(layer.elements for layer in stage) * profile.element_bytes
-        kept = sum(layer.kept_bytes + layer.output_bytes for layer in stage) / profile.layer_samples * samples * flying
-        found[f"stage {rank}"] = int(ground.base("mp") + weights * (2 + profile.slots) + kept)
-    return found
+def _stalls(mesh: _Mesh) -> list[tuple[float, float]]:
+    """Of each stage of each replica, those of its first shard."""
+    found = stalls_of(mesh.plan, mesh.ground)
+    return [found[rank] for rank in range(0, mesh.mesh.size, mesh.t)]

@@ -16,15 +16,17 @@ Fits = Callable[[int, int, int], bool]  # (stage, start, stop) -> whether the st
 
 
 class Link(NamedTuple):
-    """What it costs to hand a value to the next stage: ``wire`` seconds a byte pass while both go on computing,
-    ``copy`` seconds a byte each of the two spends on it.
+    """What it costs to hand a value to the next stage: ``latency`` seconds, and ``wire`` seconds a byte, pass while
+    both go on computing, ``copy`` seconds a byte each of the two spends on it.
     """
 
     copy: float
     wire: float
+    latency: float = 0.0
 
 
 FREE = Link(0.0, 0.0)
+SHARED = Link(copy=0.25e-9, wire=0.0)  # through shared memory: each side copies
 
 
 def everything_fits(stage: int, start: int, stop: int) -> bool:
@@ -44,19 +46,32 @@ def balance(
     ``seconds`` are those of each block, forward and backward, of one microbatch; ``handed_on`` the bytes that it hands
     to the next and back. Raises PlanError if there are too few cuts.
     """
+    return next(iter(leading(seconds, stages, cuts, handed_on, link, fits, keep=1)), None)
+
+
+def leading(
+    seconds: Sequence[float],
+    stages: int,
+    cuts: Sequence[int],
+    handed_on: Sequence[int] | None = None,
+    link: Link = FREE,
+    fits: Fits = everything_fits,
+    *,
+    keep: int,
+) -> list[tuple[int, ...]]:
+    """As ``balance``: the ``keep`` best that fit, or as many as there are, the best first."""
     slowness = _slowness(seconds, handed_on or [0] * len(seconds), link)
 
     def cost(stage: int, start: int, stop: int) -> float:
         return slowness(start, stop) if fits(stage, start, stop) else inf
 
-    worst, chosen = minimax(cost, stages, cuts, len(seconds))
-    return chosen if worst < inf else None
+    return [chosen for worst, chosen in minimax(cost, stages, cuts, len(seconds), keep=keep) if worst < inf]
 
 
 def minimax(
-    cost: Callable[[int, int, int], float], stages: int, cuts: Sequence[int], blocks: int
-) -> tuple[float, tuple[int, ...]]:
-    """The least that the costliest stage can cost, and the earliest cuts with which it does.
+    cost: Callable[[int, int, int], float], stages: int, cuts: Sequence[int], blocks: int, *, keep: int = 1
+) -> list[tuple[float, tuple[int, ...]]]:
+    """The cuts whose costliest stage costs least, and what that is: the ``keep`` best, of equals the earliest.
 
     ``cost`` is of (stage, start, stop). Raises PlanError if there are too few cuts.
     """
@@ -64,15 +79,18 @@ def minimax(
         count = "1 stage" if not cuts else f"{len(cuts) + 1} stages"
         raise PlanError(f"a model that can be cut into {count} cannot make {stages}")
     edges = [*cuts, blocks]
-    # rows[e]: the costliest stage, and the cuts, when the blocks before e make as many stages as there were rounds.
-    rows: dict[int, tuple[float, tuple[int, ...]]] = {edge: (cost(0, 0, edge), ()) for edge in edges}
+    # rows[e]: the costliest stage, and the cuts, when the blocks before e make as many stages as there were rounds. The
+    # best of the whole are made of the best of the parts, for no stage that is added makes the costliest cheaper.
+    rows: dict[int, list[tuple[float, tuple[int, ...]]]] = {edge: [(cost(0, 0, edge), ())] for edge in edges}
     for stage in range(1, stages):
         rows = {
-            edge: min(
-                (max(costliest, cost(stage, last, edge)), (*chosen, last))
-                for last, (costliest, chosen) in rows.items()
+            edge: sorted(
+                (max(costliest, added), (*chosen, last))
+                for last, found in rows.items()
                 if last < edge
-            )
+                for added in [cost(stage, last, edge)]
+                for costliest, chosen in found
+            )[:keep]
             for edge in edges
             if min(rows) < edge
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from tricorn.mp import wire
 from tricorn.mp.backward import backward
 from tricorn.mp.deferred import Deferral
 from tricorn.state.build import release
-from tricorn.state.flat import call_model
+from tricorn.state.flat import WEIGHT_DTYPES, call_model
 from tricorn.state.gradient import autocast, loss_sum, placed
 from tricorn.strategy import Batch
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from tricorn.mp.partition import Block
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 12
+MOST_TOGETHER = 8  # microbatches in a round: a step seldom has many more for each stage
 ENOUGH_SECONDS = 0.03  # for the rounds of one block
+_UPDATED = 1 << 20  # elements
 
 
 class Cost(NamedTuple):
@@ -85,6 +87,20 @@ def measure(job: Job, found: Sequence[Block], batch: Batch, device: torch.device
     return costs
 
 
+def update_seconds(job: Job, device: torch.device) -> float:
+    """What the optimizer takes, and what is done to gradients before and after, for each byte of trained weights."""
+    flat = torch.zeros(_UPDATED, dtype=WEIGHT_DTYPES[job.precision], device=device)
+    gradients, slots = torch.zeros_like(flat), {slot: torch.zeros_like(flat) for slot in job.optimizer.slots}
+    times = []
+    for step in range(FEWEST_ROUNDS + 1):
+        began = time.perf_counter()
+        gradients.mul_(0.5)
+        job.optimizer.update(flat, gradients, slots, step=step + 1, lr=0.0)
+        gradients.zero_()
+        times.append(time.perf_counter() - began)
+    return median(times[1:]) / flat.nbytes
+
+
 class _Saved(NamedTuple):
     """What autograd keeps: bytes of what only the block knows, and which tensors of what it was given and has made."""
 
@@ -101,6 +117,7 @@ class _Run:
         self._first, self._batch = first, batch
         self._deferral = Deferral()
         self._deferral.install(block.module)
+        self._together = 1
 
     def watched(self, value: Any) -> tuple[Any, _Saved]:
         """What the block makes of the value, and what is kept until backward."""
@@ -118,24 +135,35 @@ class _Run:
         places = [[part.untyped_storage().data_ptr() for part in _parts(side)] for side in (given, made)]
         of_given, of_made = ({i for i, at in enumerate(side) if at in kept} for side in places)
         inner = sum(size for at, size in kept.items() if at not in places[0] and at not in places[1])
-        self._backward(end)
+        waiting: list[Callable[[], None]] = []
+        self._backward(end, waiting)
+        for work in waiting:
+            work()
+        self._together = min(MOST_TOGETHER, self._deferral.together)
+        self._deferral.finish()
         return made, _Saved(inner, of_given, of_made)
 
     def rounds(self, value: Any) -> Iterator[tuple[float, float, float]]:
-        """Seconds of forward, and of the two parts of backward, of each of several rounds."""
+        """Seconds of forward, and of the two parts of backward, of a microbatch in each of several rounds.
+
+        A round has as many microbatches as are put together for the gradients of weights.
+        """
         spent, count = 0.0, 0
         while count < FEWEST_ROUNDS or (spent < ENOUGH_SECONDS and count < MOST_ROUNDS):
-            given = _fresh(value)
-            times = [self._now()]
-            _, end = self._forward(given)
-            times.append(self._now())
-            waiting = self._backward(end)
-            times.append(self._now())
-            while waiting:
-                waiting.pop()()
-            times.append(self._now())
-            yield times[1] - times[0], times[2] - times[1], times[3] - times[2]
-            spent, count = spent + times[3] - times[0], count + 1
+            waiting: list[Callable[[], None]] = []
+            times = []
+            for _ in range(self._together):
+                given = _fresh(value)
+                began = self._now()
+                _, end = self._forward(given)
+                between = self._now()
+                self._backward(end, waiting)
+                times.append((between - began, self._now() - between))
+            began = self._now()
+            self._finish(waiting)
+            forward, backwards = (median(column) for column in zip(*times, strict=True))
+            yield forward, backwards, (self._now() - began) / self._together
+            spent, count = spent + (forward + backwards) * self._together + self._now() - began, count + 1
 
     def _forward(self, given: Any) -> tuple[Any, list[Tensor]]:
         """What is made, and where backward begins."""
@@ -146,14 +174,18 @@ class _Run:
         loss = loss_sum(self._job, made, self._batch)
         return made, [loss] if loss.requires_grad else []
 
-    def _backward(self, end: Sequence[Tensor]) -> list[Any]:
-        """The weight gradients that wait are left."""
-        waiting = self._deferral.waiting = []
+    def _backward(self, end: Sequence[Tensor], waiting: list[Callable[[], None]]) -> None:
+        """But for the gradients of weights that can wait."""
+        self._deferral.waiting = waiting
         try:
             backward(end, [torch.ones_like(part) for part in end])
         finally:
             self._deferral.waiting = None
-        return waiting
+
+    def _finish(self, waiting: list[Callable[[], None]]) -> None:
+        while waiting:
+            waiting.pop()()
+        self._deferral.finish()
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -180,6 +180,17 @@ def refusal(model: nn.Module, found: Sequence[Block], stages: int) -> str | None
     )
 
 
+def wrong_cuts(found: Sequence[Block], cuts: Sequence[int], stages: int) -> str | None:
+    """Why the cuts do not make so many stages of these blocks, and which would; None if they do."""
+    if len(cuts) != stages - 1:
+        return f"cuts are {len(cuts)}, but {stages} stages have {stages - 1}; give that many"
+    legal = legal_cuts(found)
+    if illegal := [cut for cut in cuts if cut not in legal]:
+        places = ", ".join(f"{cut} ({found[cut].name})" for cut in legal)
+        return f"no stage can begin with block {illegal[0]}; cut before any of {places}"
+    return None
+
+
 class Stage(nn.Module):
     """Blocks [start, stop) of a model, whose parameters and buffers keep the names that the model gives them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,27 +60,25 @@ class Pipeline:
         for chunk in chunks:
             self._deferral.install(chunk)
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which computing has waited for other stages."""
+        return self._wire.waited
+
     def train(self, batch: Batch, samples: int) -> tuple[float, int]:
         """Add the gradient sums of the batch to the stages' ``grad``; returns loss sum and count, on the last stage."""
         ranges = split(samples, self._microbatches)
         actions, coming = self._work(len(ranges), training=True)
         self._wire.expect(coming)
-        flying: dict[tuple[int, int], _Flying] = {}
-        total, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for number, action in enumerate(actions):
-            key = action.chunk, action.microbatch
-            if action.kind == "F":
-                is_next = number + 1 < len(actions) and actions[number + 1][1:] == key
-                each = flying[key] = self._forward(action, batch, ranges, again=self._recompute and not is_next)
-                if each.loss is not None:
-                    total += each.loss
-                count += each.count
-            if action.kind in "BI":
-                self._backward(action, flying[key])
-            if action.kind in "BW":
-                flying.pop(key).passage.finish()
+        self._deferral.begin()
+        step = _Step(batch, ranges, torch.zeros((), dtype=torch.float64, device=self._device))
+        for action, following in zip(actions, [*actions[1:], None], strict=True):
+            # What is backward at once need not be computed again.
+            again = self._recompute and (following is None or following[1:] != action[1:])
+            self._carry_out(action, step, again)
+        self._deferral.finish()
         self._wire.flush()
-        return total.item(), count
+        return step.total.item(), step.count
 
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
         """Run forward only, and judge each microbatch's output on the last stage."""
@@ -104,8 +103,18 @@ class Pipeline:
     def _work(self, microbatches: int, *, training: bool) -> Work:
         return _work(self._schedule, self._line.rank, self._line.size, microbatches, len(self._chunks), training)
 
-    def _forward(self, action: Action, batch: Batch, ranges: Sequence[tuple[int, int]], *, again: bool) -> _Flying:
+    def _carry_out(self, action: Action, step: _Step, again: bool) -> None:
+        key = action.chunk, action.microbatch
+        if action.kind == "F":
+            step.flying[key] = self._forward(action, step, again)
+        if action.kind in "BI":
+            self._backward(action, step.flying[key])
+        if action.kind in "BW":
+            step.flying.pop(key).passage.finish()
+
+    def _forward(self, action: Action, step: _Step, again: bool) -> _Flying:
         stage = self._chunks[action.chunk]
+        batch, ranges = step.batch, step.ranges
         micro = gradient.portion(self._job, batch, *ranges[action.microbatch]) if stage.last else None
 
         def run(given: Any) -> Any:
@@ -123,7 +132,8 @@ class Pipeline:
         if micro is None:
             self._send(action, made)
         else:
-            each.loss, each.count = None if made is None else made.detach(), micro.count
+            step.total += 0 if made is None else made.detach()
+            step.count += micro.count
         return each
 
     def _stage_on(self, chunk: int, given: Any) -> Any:
@@ -169,5 +179,14 @@ class _Flying:
     def __init__(self, passage: Passage) -> None:
         self.passage = passage
         self.given: Kind | None = None
-        self.loss: Tensor | None = None
-        self.count = 0
+
+
+@dataclass
+class _Step:
+    """One batch on its way, the sum of its losses, and what counts of it."""
+
+    batch: Batch
+    ranges: Sequence[tuple[int, int]]
+    total: Tensor
+    count: int = 0
+    flying: dict[tuple[int, int], _Flying] = field(default_factory=dict)

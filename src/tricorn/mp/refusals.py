@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tricorn.errors import PlanError
 from tricorn.mp.mesh import chunks_of
-from tricorn.mp.partition import blocks_of, legal_cuts, refusal
+from tricorn.mp.partition import blocks_of, refusal, wrong_cuts
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.state.flat import model_without_rows
 from tricorn.state.inspect import batch_statistics
@@ -58,13 +58,7 @@ def _uncut(job: Job, plan: Plan, model: nn.Module) -> str | None:
         return str(error)
     if reason := refusal(model, found, stages):
         return reason
-    if plan.cuts is not None:
-        if len(plan.cuts) != stages - 1:
-            return f"cuts are {len(plan.cuts)}, but {stages} stages have {stages - 1}; give that many"
-        if illegal := [cut for cut in plan.cuts if cut not in legal_cuts(found)]:
-            places = ", ".join(f"{cut} ({found[cut].name})" for cut in legal_cuts(found))
-            return f"no stage can begin with block {illegal[0]}; cut before any of {places}"
-    return None
+    return None if plan.cuts is None else wrong_cuts(found, plan.cuts, stages)
 
 
 def _statistics(job: Job, plan: Plan, model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""How long a step of a pipeline takes under each schedule, and which schedule and how many microbatches are best. Pure.
+"""How long a step of a pipeline takes under each schedule. Pure.
 
 Legend: p workers in line, v chunks in each, M microbatches.
 """
@@ -6,18 +6,9 @@ Legend: p workers in line, v chunks in each, M microbatches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from tricorn.mp.schedule import Action, needed, order, target
-
-if TYPE_CHECKING:
-    from tricorn.plan import Schedule
-
-# Seconds that each forward and each backward take besides the arithmetic, on one core: calls, messages and their waits.
-FIXED = 0.4e-3
-MOST_PER_STAGE = 8
-# Of what is slower than the fastest by no more than this, the simplest is taken: measured seconds are no better.
-WORTH = 0.97
+from tricorn.mp.schedule import Action, Parcel, needed, target
 
 
 class Work(NamedTuple):
@@ -80,6 +71,33 @@ def simulate(orders: Sequence[Sequence[Action]], works: Sequence[Work], hop: flo
     return Simulated(seconds, idle, tuple(most_in_flight(actions) for actions in orders))
 
 
+def crowded(orders: Sequence[Sequence[Action]], works: Sequence[Work], cores: float) -> float:
+    """As ``simulate``, the seconds of a step of workers on one host of fewer ``cores`` than there are workers.
+
+    Those that have something to do get equal parts of the cores. So it counts less how long the slowest stage works,
+    and more how soon all cores have something to do.
+    """
+    stages, chunks = len(orders), len(works) // len(orders)
+    done: set[Parcel | None] = {None}
+    at, left = [0] * stages, dict[int, float]()  # seconds of work in what each rank is at
+    now = 0.0
+    while True:
+        for rank, actions in enumerate(orders):
+            if rank not in left and at[rank] < len(actions):
+                action = actions[at[rank]]
+                if needed(action, rank, stages, chunks) in done:
+                    left[rank] = works[action.chunk * stages + rank].of(action.kind)
+        if not left:
+            return now
+        spent = min(left.values())
+        now += spent * max(1.0, len(left) / cores)
+        for rank in [rank for rank, seconds in left.items() if seconds <= spent]:
+            del left[rank]
+            done.add(target(orders[rank][at[rank]], rank, stages, chunks))
+            at[rank] += 1
+        left = {rank: seconds - spent for rank, seconds in left.items()}
+
+
 def most_in_flight(actions: Sequence[Action]) -> int:
     """How many microbatches' activations a worker holds at most; those of each chunk count."""
     flying = most = 0
@@ -87,48 +105,3 @@ def most_in_flight(actions: Sequence[Action]) -> int:
         flying += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
         most = max(most, flying)
     return most
-
-
-class Choice(NamedTuple):
-    """How to run a step, and how long it should take."""
-
-    schedule: Schedule
-    microbatches: int
-    seconds: float
-
-
-def choose(
-    batch: int,
-    works: Sequence[Work],
-    samples: int,
-    *,
-    stages: int,
-    schedule: Schedule | None = None,
-    microbatches: int | None = None,
-    hop: float = 0.0,
-    fixed: float = FIXED,
-) -> Choice:
-    """The fastest schedule and number of microbatches for batches of ``batch`` samples; what is given stays.
-
-    ``works`` were measured of each of the v * p stages with ``samples`` samples; of each part, ``fixed`` seconds do
-    not grow with them. Of what differs by less than the simulation can tell the simplest schedule is taken, and of
-    microbatches the fewest. ``gpipe`` only where it is given: it holds all microbatches, and is seldom faster.
-    """
-    chunks = len(works) // stages
-    schedules: tuple[Schedule, ...] = ("interleaved",) if chunks > 1 else ("1f1b", "zero-bubble")
-    found = []
-    for tried in (schedule,) if schedule else schedules:
-        for count in (microbatches,) if microbatches else range(1, min(batch, MOST_PER_STAGE * stages) + 1):
-            scaled = [_scaled(work, batch / count / samples, fixed) for work in works]
-            orders = [order(tried, rank, stages, count, chunks) for rank in range(stages)]
-            found.append(Choice(tried, count, simulate(orders, scaled, hop).seconds))
-    fastest = min(choice.seconds for choice in found)
-    return next(choice for choice in found if choice.seconds * WORTH <= fastest)
-
-
-def _scaled(work: Work, ratio: float, fixed: float) -> Work:
-    forward = fixed + max(0.0, work.forward - fixed) * ratio
-    backward = work.input_gradient + work.weight_gradient
-    grown = fixed + max(0.0, backward - fixed) * ratio
-    share = work.weight_gradient / backward if backward else 0.0
-    return Work(forward, grown * (1 - share), grown * share)

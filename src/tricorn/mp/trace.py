@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from tricorn.errors import PlanError
+from tricorn.mp.trace_cuts import CHANGING
 
 Call = Callable[..., Any]
 
@@ -140,7 +141,7 @@ def _in_place(function: Call) -> Call:
     return change
 
 
-for _operation in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor"):
+for _operation in CHANGING:
     setattr(_Value, f"__{_operation}__", _in_place(getattr(operator, _operation)))
 
 

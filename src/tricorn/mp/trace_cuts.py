@@ -20,15 +20,21 @@ _TENSORS = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
 _ARITHMETIC = frozenset({"_operator", "builtins", "math"})
 # Whose result may be the same memory as what it was given.
 _VIEWS = frozenset({
-    "chunk", "contiguous", "diagonal", "expand", "expand_as", "flatten", "getattr", "getitem", "movedim", "narrow",
-    "permute", "reshape", "select", "split", "squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type",
-    "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "float", "double", "dropout",
+    "adjoint", "as_strided", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "dsplit", "expand",
+    "expand_as", "flatten", "getattr", "getitem", "hsplit", "moveaxis", "movedim", "narrow", "permute", "positive",
+    "ravel", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "swapdims", "t", "tensor_split",
+    "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "vsplit",
+    # Where there is nothing to convert, or to drop.
+    "alpha_dropout", "bfloat16", "double", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "float", "half", "to", "type",
 })  # fmt: skip
-_VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_IN_PLACE = frozenset({
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand,
-    operator.ior, operator.ixor,
-})  # fmt: skip
+_VIEWING = (
+    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)  # fmt: skip
+# ``x += y`` and its like, by their names in the module ``operator``.
+CHANGING = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+_IN_PLACE = frozenset({operator.setitem, *(getattr(operator, name) for name in CHANGING)})
 
 
 class Span(NamedTuple):

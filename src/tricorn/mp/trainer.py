@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -13,12 +14,13 @@ from tricorn.comm.peers import Peers
 from tricorn.errors import Diverged
 from tricorn.mp.buffers import Buffers
 from tricorn.mp.choose import choose
+from tricorn.mp.cut import SHARED, Link
 from tricorn.mp.mesh import Mesh, chunks_of
 from tricorn.mp.part import Part
 from tricorn.mp.partition import Stage, blocks_of, tied
+from tricorn.mp.ping import slowest_link
 from tricorn.mp.pipeline import Pipeline
 from tricorn.mp.schedule import microbatches_of, split
-from tricorn.mp.simulate import choose as choose_schedule
 from tricorn.plan import Schedule
 from tricorn.state.beside import WholeTables
 from tricorn.state.flat import device_of, model_without_rows
@@ -30,6 +32,7 @@ from tricorn.strategy import Batch, Beside, Context, Outcome, Seat, Wishes, even
 
 if TYPE_CHECKING:
     from tricorn.mp.tensor import Splits
+    from tricorn.mp.tensor.team import Team
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -67,6 +70,7 @@ class MeshTrainer:
         self._recompute = bool(context.plan.recompute)
         self._schedule: Schedule = context.plan.schedule or "1f1b"
         self._splits: Splits | None = None
+        self._teams: list[Team] = []  # of each stage's layers that are split
         self.computed = 0.0
         self._state: Part | None = None  # None until it is whole
         self._pipeline: Pipeline | None = None
@@ -92,7 +96,7 @@ class MeshTrainer:
         if seat.source == "keep" or (seat.source == "peer" and held is not None and held.step == seat.step):
             self._state = held
         groups = self._groups = self._meet(seat)
-        known, self._cuts = self._cuts, self._agree_on_cuts(groups.everyone)
+        known, self._cuts = self._cuts, self._agree_on_cuts(groups)
         if self._state is None:
             state = self._build(self._cuts, groups.shards)
             give_back()
@@ -185,15 +189,17 @@ class MeshTrainer:
         ]
         return Groups(everyone, *along)
 
-    def _agree_on_cuts(self, everyone: Group) -> tuple[int, ...]:
+    def _agree_on_cuts(self, groups: Groups) -> tuple[int, ...]:
         """The cuts that the first rank knows that knows any; in a new run rank 0 measures and decides."""
-        stages = self._mesh.stages * self._chunks
+        everyone, stages = groups.everyone, self._mesh.stages * self._chunks
         knows = torch.zeros(everyone.size)
         knows[everyone.rank] = self._cuts is not None
         everyone.all_reduce_now(knows)
         source = int(knows.argmax())
-        if source == everyone.rank and self._cuts is None:
-            self._cuts = self._choose(stages)
+        if not knows.any():
+            link = slowest_link(groups.line, everyone)
+            if source == everyone.rank:
+                self._cuts = self._choose(stages, link)
         how = (int(self._recompute), SCHEDULES.index(self._schedule), self._microbatches)
         told = torch.tensor([*how, *(self._cuts or [0] * (stages - 1))], dtype=torch.int64)
         everyone.broadcast(told, source)
@@ -201,19 +207,13 @@ class MeshTrainer:
         self._recompute, self._schedule = bool(recompute), SCHEDULES[schedule]
         return tuple(cuts)
 
-    def _choose(self, stages: int) -> tuple[int, ...]:
+    def _choose(self, stages: int, link: Link = SHARED) -> tuple[int, ...]:
         """Measure, and find the best cuts; how to run them, and whether memory asks for computing activations again."""
         share = -(-self._job.batch_size // self._mesh.replicas)
         start, stop = split(share, self._microbatches)[-1]
         samples = stop - start
-        choice = choose(self._job, self._plan, stages, samples, self._microbatches, self._device)
-        self._recompute = choice.recompute
-        if self._mesh.stages > 1:
-            # Of microbatches as many as there was found room for.
-            self._schedule = choose_schedule(
-                share, choice.works, samples, stages=self._mesh.stages, schedule=self._plan.schedule,
-                microbatches=self._microbatches,
-            ).schedule  # fmt: skip
+        choice = choose(self._job, self._plan, stages, samples, self._microbatches, self._device, link)
+        self._recompute, self._schedule = choice.recompute, choice.schedule
         if choice.bytes:
             stages_of = {f"worker-{rank}": self._mesh.place(rank).stage for rank in range(self._mesh.size)}
             self._context.measured(0, "needs", {role: float(choice.bytes[s]) for role, s in stages_of.items()})
@@ -241,8 +241,7 @@ class MeshTrainer:
         if self._splits is not None:
             from tricorn.mp.tensor import apply
 
-            for stage in stages:
-                apply(stage, self._splits, shards)
+            self._teams = [apply(stage, self._splits, shards) for stage in stages]
 
     def _inputs(self, batch: Batch) -> list[Any]:
         """What the model is called with, microbatch by microbatch, as far as this worker has it."""
@@ -265,10 +264,17 @@ class MeshTrainer:
         """
         assert self._pipeline is not None
         mine = self._samples(samples)
+        began, waited = time.perf_counter(), self._waited()
         loss_sum, count = self._pipeline.train(batch, mine) if mine else (0.0, 0)
+        self.computed += time.perf_counter() - began - (self._waited() - waited)
         state.sum_tied(groups.line)
         state.sum_copies(groups.copies)
         return (loss_sum, count) if self._place.shard == 0 else (0.0, 0)
+
+    def _waited(self) -> float:
+        """Seconds for which computing has waited for other workers."""
+        assert self._pipeline is not None
+        return self._pipeline.waited + sum(team.waited for team in self._teams)
 
     def _agree(
         self, state: Part, everyone: Group, loss_sum: float, count: int, square: float, batch: Batch, wishes: Wishes

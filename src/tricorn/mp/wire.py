@@ -7,6 +7,7 @@ number of its kind. A gradient has the shape and type of the value it belongs to
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -84,10 +85,12 @@ class Wire:
     """What one rank exchanges with the others in line.
 
     Parcels come from each peer in the order in which it sends them, which need not be that in which they are needed:
-    one that comes early is kept. Sending takes place beside what is computed.
+    one that comes early is kept. Sending takes place beside what is computed. ``waited``: seconds spent on receiving,
+    and on sends that were not over by then.
     """
 
     def __init__(self, line: Group, device: torch.device) -> None:
+        self.waited = 0.0
         self._line = line
         self._device = device
         self._announced: dict[int, list[Kind]] = {}  # to and from this rank, by the stage that the values are for
@@ -104,8 +107,10 @@ class Wire:
     def flush(self) -> None:
         """Wait until all that was sent is out of this rank's memory. Raises PeerLost."""
         sends, self._sends = self._sends, []
+        began = time.perf_counter()
         for handle in sends:
             handle.wait()
+        self.waited += time.perf_counter() - began
 
     def send(self, value: Any, parcel: Parcel) -> None:
         """Begin to hand on a value; its tensors must not change until flushed. Raises PlanError if it cannot travel."""
@@ -160,7 +165,9 @@ class Wire:
 
     def _take(self, peer: int, shape: Sequence[int], dtype: torch.dtype, on: torch.device | None = None) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=on or self._device)
+        began = time.perf_counter()
         self._line.receive(tensor, peer)
+        self.waited += time.perf_counter() - began
         return tensor
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from tricorn.errors import PlanError
 from tricorn.plan import Plan
@@ -15,14 +17,16 @@ from tricorn.planner import store
 from tricorn.planner.cluster import Cluster
 from tricorn.planner.explain import explain
 from tricorn.planner.ground import Ground
+from tricorn.planner.options import refuse_mistakes
 from tricorn.planner.prediction import Prediction, Rejected
+from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, predicted, search
 from tricorn.planner.survey import Survey
 
 if TYPE_CHECKING:
     from tricorn.job import Job
 
-__all__ = ["Cluster", "Planned", "Prediction", "Rejected", "foreseen", "plan"]
+__all__ = ["Cluster", "Outlook", "Planned", "Prediction", "Rejected", "foreseen", "learn", "plan"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Planned:
 
     ground: Ground
     planning: Planning
+    verdicts: Mapping[str, str | None] = field(default_factory=dict)  # plan as JSON -> what its strategy said of it
+    key: str = ""  # under which the job's profile is kept
 
     @property
     def ranked(self) -> tuple[Prediction, ...]:
@@ -56,6 +62,11 @@ class Planned:
         """The plan to train with."""
         return self.chosen.plan
 
+    @property
+    def outlook(self) -> Outlook:
+        """Of a run under the best plan."""
+        return Outlook(self.chosen, self.ground, self.verdicts, self.key)
+
     @cached_property
     def reasons(self) -> list[str]:
         """Why, in plain words."""
@@ -78,21 +89,37 @@ def plan(
     compressed, local. What has to be measured, first of all the machine, takes some seconds and is kept on disk;
     ``fresh`` measures anew, and ``told`` hears what is being measured.
 
-    Raises UsageError for a job that cannot be loaded and a cluster file with mistakes.
+    Raises UsageError for a job that cannot be loaded and a cluster file with mistakes, PlanError for ``given`` fields
+    that no strategy has together, JobFailed for a job that cannot be measured.
     """
-    where = cluster if isinstance(cluster, Cluster) else clusters.read(Path(cluster)) if cluster else clusters.here()
+    where = clusters.of(cluster)
+    given = given or {}
+    refuse_mistakes(given)
     with Survey(job, told=told, fresh=fresh) as survey:
-        ground = Ground(survey.profile(), survey.links(), where)
-        return Planned(ground, search(ground, survey.why_not, given or {}, approximate=approximate))
+        links = survey.links()
+        ground = Ground(survey.profile(), links, where, survey.seen)
+        planning = search(ground, survey.why_not, given, approximate=approximate)
+        return Planned(ground, planning, survey.verdicts, survey.key)
 
 
-def foreseen(job: Job | tuple[str, str], plan: Plan) -> Prediction | None:
+def foreseen(job: Job | tuple[str, str], plan: Plan) -> Outlook | None:
     """What this plan should cost here, if job and machine have been measured before and it has no mistakes."""
-    if plan.mistakes():
+    if plan.mistakes() or (links := store.load_links()) is None:
         return None
-    with Survey(job, told=lambda text: None) as survey:
-        known, links = survey.known(), store.load_links()
-    if known is None or links is None:
-        return None
-    found = predicted(plan, Ground(known, links, clusters.here()))
-    return found if isinstance(found, Prediction) else None
+    with Survey(job, told=_silence) as survey:
+        if (known := survey.known()) is None:
+            return None
+        ground = Ground(known, links, clusters.here(), survey.seen)
+        found = predicted(plan, ground)
+        return Outlook(found, ground, survey.verdicts, survey.key) if isinstance(found, Prediction) else None
+
+
+def learn(outlook: Outlook, measured: Mapping[str, float], steps: float) -> None:
+    """Keep what a run has measured in so many steps: the next predictions for the job go by it."""
+    kept = store.load_profile(outlook.key)
+    if kept is not None and kept.profile == outlook.ground.profile:
+        store.save_profile(outlook.key, msgspec.structs.replace(kept, seen=outlook.after(measured, steps).seen))
+
+
+def _silence(text: str) -> None:
+    """For who does not want to hear."""

@@ -8,6 +8,9 @@ speed = 1.0         # of a core, beside one of the machine that plans
 memory = "16 GB"    # or a number of bytes
 mbit = 1000         # its link, each way
 latency_ms = 0.2    # from host to host, one way
+stalls = 0.01       # share of its workers' steps that take stall_times as long as the others
+stall_times = 5
+failures_per_day = 0.1
 """
 
 from __future__ import annotations
@@ -21,10 +24,17 @@ import msgspec
 import psutil
 
 from tricorn.errors import UsageError
-from tricorn.planner import store
+from tricorn.state import cores
+from tricorn.state.memory import limit_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MOST_HOSTS = 10_000
+# Bytes on the link for each that is sent: Ethernet, IP and TCP add 66 to 1448, and the other way a packet of 66
+# acknowledges two of them.
+FRAMED = (1448 + 66 + 33) / 1448
+_KEYS = (
+    "name", "count", "cores", "speed", "memory", "mbit", "latency_ms", "stalls", "stall_times", "failures_per_day",
+)  # fmt: skip
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,11 +46,14 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     speed: float = 1.0
     mbit: float | None = None
     latency: float = 0.0  # seconds, one way
+    stalls: float = 0.0
+    stall_times: float = 5.0
+    failures_per_day: float = 0.0
 
     @property
     def bytes_per_second(self) -> float:
-        """Of its link, each way."""
-        return float("inf") if self.mbit is None else self.mbit * 1e6 / 8
+        """Of its link each way, without what packets and acknowledgements add."""
+        return float("inf") if self.mbit is None else self.mbit * 1e6 / 8 / FRAMED
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,9 +73,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def here() -> Cluster:
-    """This machine."""
-    memory = psutil.virtual_memory().total
-    return Cluster(hosts=(Host(name="here", cores=store.cores(), memory=memory),))
+    """This machine, or the part of it that this process may use."""
+    memory = limit_bytes() or psutil.virtual_memory().total
+    return Cluster(hosts=(Host(name="here", cores=cores.usable(), memory=memory),))
+
+
+def of(given: Cluster | str | Path | None) -> Cluster:
+    """What is given, or what the file says, or this machine. Raises as ``read``."""
+    return given if isinstance(given, Cluster) else read(Path(given)) if given else here()
 
 
 def read(path: Path) -> Cluster:
@@ -79,6 +97,9 @@ def read(path: Path) -> Cluster:
     hosts = _hosts(found, mistakes)
     if not mistakes and not hosts:
         mistakes.append("there is no [[host]]")
+    if len(hosts) > 1:
+        mistakes += [f"host {number}: mbit is missing" for number, given in enumerate(found["host"], 1)
+                     if isinstance(given, dict) and "mbit" not in given]  # fmt: skip
     if len(hosts) > MOST_HOSTS:
         mistakes.append(f"there are {len(hosts)} hosts; at most {MOST_HOSTS} can be planned for")
     if mistakes:
@@ -98,8 +119,8 @@ def _hosts(found: dict[str, Any], mistakes: list[str]) -> list[Host]:
     hosts: list[Host] = []
     for number, table in enumerate(tables, 1):
         where = f"host {number}"
-        for key in table.keys() - {"name", "count", "cores", "speed", "memory", "mbit", "latency_ms"}:
-            known = "name, count, cores, speed, memory, mbit and latency_ms"
+        for key in [key for key in table if key not in _KEYS]:
+            known = f"{', '.join(_KEYS[:-1])} and {_KEYS[-1]}"
             hint = "; GPUs cannot be planned for yet, leave them out" if "gpu" in key else ""
             mistakes.append(f"{where}: {key!r} is not known; there are {known}{hint}")
         name = table.get("name", f"host{number}")
@@ -117,10 +138,17 @@ def _hosts(found: dict[str, Any], mistakes: list[str]) -> list[Host]:
         speed = _number(table, "speed", 1.0, where, mistakes)
         mbit = _number(table, "mbit", 1000.0, where, mistakes)
         latency = _number(table, "latency_ms", 0.1, where, mistakes, least=True)
+        stalls = _number(table, "stalls", 0.0, where, mistakes, least=True)
+        if stalls >= 1:
+            mistakes.append(f"{where}: stalls is {stalls:g}; give a share of the steps, below 1")
+        times = _number(table, "stall_times", 5.0, where, mistakes)
+        if times < 1:
+            mistakes.append(f"{where}: stall_times is {times:g}; give at least 1")
+        failures = _number(table, "failures_per_day", 0.0, where, mistakes, least=True)
         memory = _bytes(table.get("memory", 1), where, mistakes)
         hosts += [
             Host(name=f"{name}-{index}" if count > 1 else name, cores=cores, memory=memory, speed=speed, mbit=mbit,
-                 latency=latency / 1e3)
+                 latency=latency / 1e3, stalls=stalls, stall_times=times, failures_per_day=failures)
             for index in range(int(count))
         ]  # fmt: skip
     return hosts

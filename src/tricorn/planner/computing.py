@@ -23,12 +23,21 @@ if TYPE_CHECKING:
     from tricorn.job import Job
 
 POINT_SECONDS = 0.15  # for each size: as many rounds as fit
-MOST_ROUNDS = 40
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
 FEWEST = 1 << 14  # elements whose update is measured
 
 
-def together(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) -> list[dict[str, list[Point]]]:
-    """What each of some forks measured, each size begun by all at the same moment."""
+def side_by_side(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) -> dict[str, Curve]:
+    """Curves of the slowest of some forks, for which all others wait; each size is begun by all at the same moment."""
+    found = _together(bodies, sizes)
+    return {
+        name: Curve(tuple(max(points, key=lambda point: point.seconds)
+                          for points in zip(*(each[name] for each in found), strict=True)))
+        for name in found[0]
+    }  # fmt: skip
+
+
+def _together(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) -> list[dict[str, list[Point]]]:
     with crew(bodies) as lines:
         for _ in range(len(sizes) + 1):
             gather(lines)
@@ -38,18 +47,9 @@ def together(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) -> 
         ]
 
 
-def slowest(found: Sequence[dict[str, list[Point]]]) -> dict[str, Curve]:
-    """All wait for the slowest."""
-    return {
-        name: Curve(tuple(max(points, key=lambda point: point.seconds)
-                          for points in zip(*(each[name] for each in found), strict=True)))
-        for name in found[0]
-    }  # fmt: skip
-
-
 def compute(job: Job, threads: int, sizes: Sequence[int], served: bool, line: Line) -> None:
     torch.set_num_threads(threads)
-    run, flat = _served(job) if served else _whole(job)
+    run, flat = rows_served(job) if served else _whole(job)
     points, kept = [], 0.0
     for samples in sizes:
         batch = first_batch(job, samples)
@@ -96,7 +96,7 @@ def _whole(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
     return partial(forward_backward, job, flat.module), flat
 
 
-def _served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
+def rows_served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
     """The same where rows of tables come from servers, at once and all zero."""
     from tricorn.ps.lookup import Lookups
 
@@ -116,10 +116,10 @@ def _served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
 
 
 def rounds(work: Callable[[], object]) -> Figure:
-    """Rounds for ``POINT_SECONDS``, three at least unless they are slow, after one that does not count."""
+    """Rounds for ``POINT_SECONDS``, but three at least, after one that does not count."""
     taken: list[float] = []
     until = time.perf_counter() + POINT_SECONDS
-    while len(taken) < 2 or (time.perf_counter() < until and len(taken) < MOST_ROUNDS):
+    while len(taken) <= FEWEST_ROUNDS or (time.perf_counter() < until and len(taken) < MOST_ROUNDS):
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)

@@ -18,7 +18,7 @@ import msgspec
 from tricorn.comm.sockets import receive_exactly
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import die_with_parent
-from tricorn.errors import PeerLost, UserCodeError, users_line
+from tricorn.errors import PeerLost, TricornError, UserCodeError, users_line
 
 
 class Line:
@@ -98,7 +98,8 @@ def _become(body: Callable[[Line], None], sock: socket.socket, others: Sequence[
         except (PeerLost, ConnectionError):
             pass
         except (Exception, SystemExit) as error:
-            line.say({"raised": f"{type(error).__name__}: {error}"[:4000], "where": users_line(error)})
+            said = str(error) if isinstance(error, TricornError) else f"{type(error).__name__}: {error}"
+            line.say({"raised": said[:4000], "where": users_line(error)})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,6 +6,7 @@ from collections import Counter
 
 from tricorn.plan import Plan
 from tricorn.planner.ground import Ground
+from tricorn.planner.load import BUSY
 from tricorn.planner.prediction import Prediction
 from tricorn.planner.search import Planning, exact
 
@@ -48,7 +49,7 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     role, most = chosen.fullest
     memory = min(host.memory for host in ground.cluster.hosts)
     said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")
-    said += [_beside(chosen, other, planning) for other in _others(planning, chosen)]
+    said += [_beside(chosen, other) for other in _others(planning, chosen)]
     faster = next((p for p in planning.ranked if not exact(p.plan) and p.score < chosen.score), None)
     if faster is not None and exact(chosen.plan):
         said.append(
@@ -58,6 +59,11 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
         )
     if chosen.notes:
         said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
+    if (busy := max(ground.profile.busy, ground.links.busy)) > BUSY:
+        said.append(
+            f"Other programs took {busy:.0%} of this machine while it was measured, and times are too long for that; "
+            "they are measured again when it is quiet."
+        )
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
         said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason}.")
     return said
@@ -76,7 +82,7 @@ def _others(planning: Planning, chosen: Prediction) -> list[Prediction]:
     ]
 
 
-def _beside(chosen: Prediction, other: Prediction, planning: Planning) -> str:
+def _beside(chosen: Prediction, other: Prediction) -> str:
     """How another plan differs, and by what most."""
     if other.seconds > chosen.seconds:
         term = max(other.terms, key=lambda t: other.terms[t] - chosen.terms[t])

@@ -11,7 +11,10 @@ import msgspec
 
 
 class Figure(NamedTuple):
-    """A duration in seconds, and how far its measurements scatter around it: half the middle half, as a share."""
+    """A duration in seconds, and how far its measurements scatter around it, as a share.
+
+    It is half the middle half of them; of fewer than four, half of their range.
+    """
 
     seconds: float
     scatter: float = 0.0
@@ -20,9 +23,9 @@ class Figure(NamedTuple):
     def of(cls, taken: Sequence[float]) -> Figure:
         """The median of some durations, at least one."""
         middle = median(taken)
-        if len(taken) < 4 or middle <= 0:
+        if middle <= 0:
             return cls(middle, 0.0)
-        low, _, high = quantiles(taken, n=4)
+        low, high = (min(taken), max(taken)) if len(taken) < 4 else quantiles(taken, n=4)[::2]
         return cls(middle, (high - low) / 2 / middle)
 
 

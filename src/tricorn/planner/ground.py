@@ -5,37 +5,95 @@ Legend: p workers, n bytes of something, b samples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tricorn.plan import Plan
 from tricorn.planner.cluster import Cluster, Host
+from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 
 AHEAD = 1e-3  # seconds: batches that take longer to make are made beside computing (worker/batches.py)
+# Of a gradient's bytes, those that travel: what the encodings say of themselves; PowerSGD's rank 4 of square matrices.
+ENCODED = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "int8": 0.26, "topk": 0.02, "powersgd": 0.05}
+# Copies of the gradient that encoding and decoding come to.
+CODING = {"none": 0.0, "bf16": 3.0, "fp16": 3.0, "int8": 6.0, "topk": 12.0, "powersgd": 12.0}
+SLOW_LINK = 5e9 / 8  # bytes a second
 MODEL_SCATTER = 0.05  # what measuring again an hour later moves, beside the scatter within a measurement
+
+
+class Placed(NamedTuple):
+    """The hosts of all workers and of all servers, and how many workers each host has."""
+
+    workers: list[int]
+    servers: list[int]
+    working: Counter[int]
 
 
 @dataclass(frozen=True)
 class Ground:
-    """``cluster`` may be elsewhere: then speeds are this machine's times what the cluster file says."""
+    """``cluster`` may be elsewhere: then speeds are this machine's times what the cluster file says.
+
+    ``seen`` is what runs of the job have taught.
+    """
 
     profile: Profile
     links: Links
     cluster: Cluster
+    seen: Seen = field(default_factory=dict)
+    # Thousands of workers are asked for one by one, and are of a few kinds.
+    _placed: dict[tuple[int, int], Placed] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _computing: dict[object, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def places(self, plan: Plan) -> tuple[list[int], list[int]]:
         """The host of each worker and of each server."""
-        return self.cluster.place(plan.workers, plan.servers)
+        placed = self._place(plan)
+        return placed.workers, placed.servers
 
     def spread(self, plan: Plan) -> int:
         """On how many hosts the workers are."""
-        return len(set(self.places(plan)[0]))
+        return len(self._place(plan).working)
+
+    def hosts(self, plan: Plan) -> list[int]:
+        """One of each kind of hosts that workers of the plan are on."""
+        working = self._place(plan).working
+        return list({(self.kind(host), there): host for host, there in working.items()}.values())
+
+    @property
+    def unlike(self) -> bool:
+        """Whether some hosts compute faster than others."""
+        return len({(host.speed, host.cores) for host in self.cluster.hosts}) > 1
+
+    @property
+    def slow_links(self) -> bool:
+        """Whether it can pay to send less."""
+        hosts = self.cluster.hosts
+        return len(hosts) > 1 and min(host.bytes_per_second for host in hosts) < SLOW_LINK
+
+    def server_counts(self, workers: int) -> list[int]:
+        """How many servers are worth a thought beside so many workers."""
+        hosts = len(self.cluster.hosts)
+        most = min(workers, hosts if hosts > 1 else int(self.cluster.cores) // 2)
+        return sorted({1, *(1 << power for power in range(most.bit_length()) if 1 << power <= most), max(1, most)})
+
+    def kind(self, host: int) -> tuple[float, ...]:
+        """What hosts that are alike have in common."""
+        its = self.cluster.hosts[host]
+        return its.cores, its.speed, its.bytes_per_second, its.latency, its.stalls, its.stall_times
 
     def threads(self, plan: Plan, host: int) -> int:
         """Of each worker on that host."""
-        there = self.places(plan)[0].count(host)
+        there = self._place(plan).working[host]
         return plan.threads or max(1, int(self.cluster.hosts[host].cores) // max(1, there))
+
+    def _place(self, plan: Plan) -> Placed:
+        key = plan.workers, plan.servers
+        if key not in self._placed:
+            workers, servers = self.cluster.place(*key)
+            self._placed[key] = Placed(workers, servers, Counter(workers))
+        return self._placed[key]
 
     def computing(self, plan: Plan, samples: float, *, served: bool = False) -> tuple[list[float], float]:
         """For each worker the seconds of forward and backward of so many samples, and their scatter.
@@ -51,11 +109,14 @@ class Ground:
 
     def on(self, host: int, plan: Plan, samples: float, *, served: bool = False) -> tuple[float, float]:
         """The same of one worker on that host."""
-        threads = self.threads(plan, host)
-        there = self.places(plan)[0].count(host)
-        crowd = there if len(self.cluster.hosts) == 1 else min(there, max(1, int(self.cluster.hosts[host].cores)))
-        seconds, scatter = self.profile.computing(crowd, threads, samples, served=served)
-        return seconds * self.slowness(host, there), scatter
+        there = self._place(plan).working[host]
+        key = self.kind(host), there, plan.threads, samples, served
+        if key not in self._computing:
+            threads = self.threads(plan, host)
+            crowd = there if len(self.cluster.hosts) == 1 else min(there, max(1, int(self.cluster.hosts[host].cores)))
+            seconds, scatter = self.profile.computing(crowd, threads, samples, served=served)
+            self._computing[key] = seconds * self.slowness(host, there), scatter
+        return self._computing[key]
 
     def slowness(self, host: int, working: int) -> float:
         """How many times as long one of so many processes takes on that host as on this machine."""
@@ -65,7 +126,7 @@ class Ground:
 
     def updating(self, plan: Plan, n: float, host: int = 0) -> float:
         """Seconds to update n bytes of parameters in a worker on that host."""
-        there = self.places(plan)[0].count(host)
+        there = self._place(plan).working[host]
         return self.profile.updating(there, self.threads(plan, host), n) * self.slowness(host, there)
 
     def plain_updating(self, n: float) -> float:
@@ -86,7 +147,7 @@ class Ground:
 
     def wire(self, n: float, hosts: list[int], messages: int) -> float:
         """Seconds for n bytes over the slowest link of some hosts, after so many latencies."""
-        chosen = [self.cluster.hosts[host] for host in hosts]
+        chosen = (self.cluster.hosts[host] for host in hosts)
         return max(n / host.bytes_per_second + messages * host.latency for host in chosen)
 
     def base(self, way: str, role: str = "worker") -> int:

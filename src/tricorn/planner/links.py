@@ -2,7 +2,8 @@
 
 Curves are named ``exchange/WAY/W`` (a whole step of W workers without its computing, by bytes of parameters),
 ``rows/WAY/W`` (the same of rows, by their bytes), ``shared/OPERATION/P`` and ``tcp/OPERATION/P`` (one collective of P
-ranks, through the memory of one host or over connections), ``update/1`` and ``copy/1``. WAY is that of a plan:
+ranks, through the memory of one host or over connections), ``update/1`` and ``copy/1``, ``split/1`` (what split layers
+take for each value that they exchange). WAY is that of a plan:
 ``dp``, ``zero1`` to ``zero3``, ``ps``, ``asp``, ``mp`` (by microbatches instead); of rows also ``served`` (by servers,
 beside data parallel) and ``spread`` (over the workers).
 """
@@ -15,15 +16,18 @@ from tricorn.planner.figures import Curve
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured on ``cores`` cores.
+    """Measured on ``cores`` cores, of which others took the share ``busy`` meanwhile.
 
     ``overhead``: bytes of what a role imports and by which it grows with next to no model, by ``WAY/worker`` and
-    ``WAY/server``.
+    ``WAY/server``. ``beside``: how many times as long ``computing`` and ``exchanging`` over connections take at once as
+    each alone.
     """
 
     cores: int
     curves: dict[str, Curve]
     overhead: dict[str, int] = {}
+    beside: dict[str, float] = {}
+    busy: float = 0.0
 
     def counts(self, name: str) -> list[int]:
         """For how many workers or ranks there is a curve of that name."""
@@ -43,7 +47,7 @@ class Links(msgspec.Struct, frozen=True, kw_only=True):
         """
         counts = self.counts(name)
         at = self.curve(name, among).at(size)
-        if not counts or among <= counts[-1] or len(counts) < 2:
+        if among <= counts[-1] or len(counts) < 2:
             return at
         before = self.curves[f"{name}/{counts[-2]}"].at(size)
         return at + max(0.0, at - before) / (counts[-1] - counts[-2]) * (among - counts[-1])

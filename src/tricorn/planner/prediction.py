@@ -8,6 +8,7 @@ import msgspec
 
 from tricorn.plan import Plan
 
+NINE_OF_TEN = 1.645 / 0.674  # how much wider than half the middle half, where errors are normally distributed
 COMPUTE, UPDATE, DATA, EXCHANGE, WIRE, IDLE = "compute", "update", "data", "exchange", "wire", "waiting"
 
 
@@ -16,14 +17,16 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     ``terms`` add up to ``seconds``: ``compute`` (forward and backward), ``update`` (of the optimizer), ``data`` (making
     batches), ``exchange`` (what processors do to exchange), ``wire`` (links between hosts), ``waiting`` (for others).
-    ``low`` and ``high`` come from the scatter of what was measured. ``score`` is what plans are ranked by: seconds,
-    times ``penalty`` for updates that are worth less than those of one process.
+    ``low`` and ``high``, which nine of ten runs should be between, come from the scatter of what was measured.
+    ``score`` is what plans are ranked by: seconds, times ``penalty`` for updates that are worth less than those of one
+    process, over what of the time failures are expected to leave, of which ``lost`` is the share that they take.
     """
 
     plan: Plan
     terms: dict[str, float]
     scatter: float  # relative, of the whole
     penalty: float = 1.0
+    lost: float = 0.0
     memory: dict[str, int] = {}  # role -> peak bytes
     sent: float = 0.0  # bytes between roles in a step
     links: dict[str, float] = {}  # host -> bytes over its link in a step, in its busier direction
@@ -35,15 +38,15 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def low(self) -> float:
-        return self.seconds * (1 - min(self.scatter, 0.9))
+        return self.seconds / (1 + NINE_OF_TEN * self.scatter)
 
     @property
     def high(self) -> float:
-        return self.seconds * (1 + self.scatter)
+        return self.seconds * (1 + NINE_OF_TEN * self.scatter)
 
     @property
     def score(self) -> float:
-        return self.seconds * self.penalty
+        return self.seconds * self.penalty / (1 - self.lost) if self.lost < 1 else float("inf")
 
     @property
     def limit(self) -> str:

@@ -29,6 +29,14 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
         return self.forward + self.backward + self.weights
 
 
+class Splitting(msgspec.Struct, frozen=True, kw_only=True):
+    """What of the model tensor parallel workers share, and what they exchange for it."""
+
+    shares: tuple[float, ...]  # of the trained elements of each layer; of the whole model where there are no layers
+    sums: tuple[float, ...]  # bytes of a sample of each value that is summed over the workers, forward or backward
+    gathers: tuple[float, ...]  # of each that is gathered
+
+
 class TableUse(msgspec.Struct, frozen=True, kw_only=True):
     """A table that is trained by rows."""
 
@@ -70,6 +78,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[TableUse, ...] = ()
     layers: tuple[Layer, ...] = ()
     layer_samples: int = 0
+    splitting: Splitting | None = None  # None: no layer can be split
+    busy: float = 0.0  # the share of this machine's cores that others took while it was measured
     no_layers: str = ""  # why the model was not followed from layer to layer
     unmeasured: str = ""  # why nothing could be run: the user's own error
 
@@ -84,18 +94,31 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return self.elements * self.element_bytes
 
     @property
+    def largest_bytes(self) -> int:
+        """Of the block with most trainable parameters, of all where there are no blocks."""
+        return max((layer.elements for layer in self.layers), default=self.elements) * self.element_bytes
+
+    @property
     def table_bytes(self) -> int:
         """The part of it in tables."""
         return sum(table.rows * table.dim for table in self.tables) * self.element_bytes
 
+    @property
+    def backward(self) -> float:
+        """The share of computing that is backward; two thirds where layers are not known."""
+        whole = sum(layer.seconds for layer in self.layers)
+        return sum(layer.backward + layer.weights for layer in self.layers) / whole if whole else 2 / 3
+
     def computing(self, workers: float, threads: int, samples: float, *, served: bool = False) -> tuple[float, float]:
         """Seconds of forward and backward of ``samples``, and their scatter, of one of ``workers`` on this machine.
 
-        ``served``: with rows of tables that come from servers. (inf, 0) if that could not be measured.
+        ``served``: with rows of tables that come from servers. Raises KeyError if that could not be measured.
         """
         mark = "rows " if served and self.tables else ""
         curves = {key.removeprefix(mark): c for key, c in self.compute.items() if key.startswith("rows ") == bool(mark)}
-        return _among(curves, workers, threads, samples) if curves else (float("inf"), 0.0)
+        if not curves:
+            raise KeyError("computing with rows that come from servers" if mark else "computing")
+        return _among(curves, workers, threads, samples)
 
     def updating(self, workers: float, threads: int, weight_bytes: float) -> float:
         """Seconds of the optimizer's update of so many bytes of parameters."""

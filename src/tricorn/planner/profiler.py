@@ -12,6 +12,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import numpy as np
 import psutil
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from tricorn.data.sources import as_source
 from tricorn.errors import TricornError, UserCodeError
 from tricorn.planner import computing
-from tricorn.planner.computing import first_batch, rounds, slowest, together
+from tricorn.planner.computing import first_batch, rounds
 from tricorn.planner.crew import Line, crew
 from tricorn.planner.figures import Curve, Point
-from tricorn.planner.profile import Layer, Profile, TableUse, crowd
+from tricorn.planner.load import Quiet
+from tricorn.planner.profile import Layer, Profile, Splitting, TableUse, crowd
 from tricorn.state.flat import (
     build_model,
     call_model,
@@ -57,6 +59,8 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
     update: dict[str, Curve] = {}
     unmeasured = too_large = ""
     kept = 0.0
+    quiet = Quiet(cores)
+    batch = min(job.batch_size, facts["samples"])
     by_rows = facts["table_bytes"] > 0
     try:
         for workers, threads in crowds(cores):
@@ -64,25 +68,27 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
             if not _fits(facts, workers):
                 too_large = f"{workers} copies of the model are more than half of the memory that is free"
                 continue
-            sizes = shares(job.batch_size, workers)
+            sizes = shares(batch, workers)
             for served in (False, True) if by_rows else (False,):
                 bodies = [partial(computing.compute, job, threads, sizes, served)] * workers
-                found = slowest(together(bodies, sizes))
+                found = quiet.measure(partial(computing.side_by_side, bodies, sizes))
                 key = ("rows " if served else "") + crowd(workers, threads)
                 compute[key], update[key] = found["compute"], found["update"]
                 kept = max(kept, found["kept"].points[0].seconds)
     except UserCodeError as error:
         unmeasured = str(error)
     layers: tuple[Layer, ...] = ()
+    splitting: Splitting | None = None
     no_layers = unmeasured
-    few = max(1, job.batch_size // 4)
+    few = max(1, batch // 4)
     if not unmeasured:
         told("layers")
         try:
-            with crew([partial(_layers, job, few)]) as (line,):
-                layers = tuple(Layer(**row) for row in line.hear())
+            layers = quiet.measure(partial(_layered, job, few))
         except TricornError as error:
             no_layers = str(error)
+        with suppress(UserCodeError), crew([partial(_splitting, job, len(layers))]) as (line,):
+            splitting = msgspec.convert(line.hear(), Splitting | None)
     told("batches")
     with crew([partial(_load, job)]) as (line,):
         data = line.hear()
@@ -98,8 +104,38 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
                      unique=tuple((count, ids) for count, ids in table["unique"]))
             for table in facts["tables"]
         ),
-        layers=layers, layer_samples=few, no_layers=no_layers, unmeasured=unmeasured or ("" if compute else too_large),
+        layers=layers, layer_samples=few, splitting=splitting, busy=quiet.busy, no_layers=no_layers,
+        unmeasured=unmeasured or ("" if compute else too_large),
     )  # fmt: skip
+
+
+def _layered(job: Job, samples: int) -> tuple[Layer, ...]:
+    with crew([partial(_layers, job, samples)]) as (line,):
+        return tuple(Layer(**row) for row in line.hear())
+
+
+def _splitting(job: Job, layers: int, line: Line) -> None:
+    """What two shards would share, and exchange for it; None if nothing."""
+    from tricorn.mp.partition import blocks_of
+    from tricorn.mp.tensor import find_for
+
+    torch.set_num_threads(1)
+    model = build_model(job)
+    samples, splits = min(2, len(as_source(job.train))), find_for(job, model, 2)
+    split = {id(parameter) for name, parameter in model.named_parameters() if name in splits.of}
+    blocks = [block.module for block in blocks_of(job, model, MOST_STAGES)] if layers else [model]
+    held = [list(block.parameters()) for block in blocks]
+    shares = [sum(p.numel() for p in mine if id(p) in split) / max(1, sum(p.numel() for p in mine)) for mine in held]
+    for index, mine in enumerate(held):  # what has no parameters and is between split layers works on their parts
+        following = next((share for share, its in zip(shares[index:], held[index:], strict=True) if its), 0.0)
+        if not mine and index:
+            shares[index] = min(shares[index - 1], following)
+    found = {
+        "shares": shares,
+        "sums": [size / samples for size in splits.sums],
+        "gathers": [size / samples for size in splits.gathers],
+    }
+    line.say(found if splits.of else None)
 
 
 def crowds(cores: int) -> list[tuple[int, int]]:
@@ -146,7 +182,8 @@ def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
     from tricorn.ps.rows import Wanted
 
     found = [{"name": table.name, "rows": table.rows, "dim": table.dim, "unique": []} for table in tables]
-    for samples in sorted({max(1, job.batch_size // 4), max(1, job.batch_size // 2), job.batch_size}):
+    whole = min(job.batch_size, len(as_source(job.train)))
+    for samples in sorted({max(1, whole // 4), max(1, whole // 2), whole}):
         seen = [0] * len(tables)
 
         def count(wanted: list[Wanted], seen: list[int] = seen) -> None:
@@ -176,7 +213,8 @@ def _load(job: Job, line: Line) -> None:
     source = as_source(job.train)
     chosen = np.random.default_rng(0)
     points = []
-    for samples in sorted({max(1, job.batch_size // 4), job.batch_size}):
+    batch = min(job.batch_size, len(source))
+    for samples in sorted({max(1, batch // 4), batch}):
         ids = chosen.integers(0, len(source), samples)
         points.append(Point(samples, *rounds(partial(source.fetch, ids))))
     inputs, _ = source.fetch(np.arange(1, dtype=np.int64))

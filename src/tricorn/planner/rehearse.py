@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from tricorn.comm.auth import new_secret
 from tricorn.comm.listener import PeerListener
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.planner.computing import rows_served
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Figure
 from tricorn.state.flat import build_model
@@ -30,6 +31,7 @@ from tricorn.strategy import Batch, Context, Seat, Wishes
 from tricorn.table import Table
 
 PARTS = 8  # parameters of a made model
+WIDTH = 64  # of made layers
 TABLE, DIM = 1 << 16, 16  # rows of a made table, and their width
 WARM_STEPS = 4
 
@@ -75,6 +77,16 @@ def chain(elements: int, width: int = 1) -> Job:
     return _made(partial(Chain, elements), torch.zeros(64, width))
 
 
+def pairs(count: int) -> Job:
+    """A job of so many pairs of small layers that workers can split."""
+    return _made(partial(_paired, count), torch.zeros(64, WIDTH))
+
+
+def _paired(count: int) -> nn.Module:
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in range(count)]
+    return nn.Sequential(*layers)
+
+
 def rows(count: int) -> Job:
     """A job of a table, of which each step reads so many rows."""
     return _made(Rows, torch.arange(count), tables={"rows": Table(std=0.0)})
@@ -95,7 +107,8 @@ def _loss(output: Tensor, target: Tensor) -> Tensor:
 class Found(NamedTuple):
     """Of one step: ``step`` altogether, of which ``compute`` is the made model's own forward and backward.
 
-    ``grown``: by how many bytes a worker grew at most since it was forked, and a server if there was one.
+    ``grown``: by how many bytes a worker grew at most since it was forked, and a server if there was one, in this job
+    and those before it.
     """
 
     step: Figure
@@ -107,18 +120,24 @@ class Found(NamedTuple):
         return Figure(max(self.step.seconds - self.compute.seconds, 1e-6), self.step.scatter)
 
 
-def rehearse(job: Job, plan: Plan, steps: int) -> Found:
-    """Some steps of all roles of the plan, as processes of this machine; an asynchronous step is one update."""
+def rehearse(jobs: Sequence[Job], plan: Plan, steps: Sequence[int]) -> list[Found]:
+    """Some steps of all roles of the plan, as processes of this machine, for each job in turn.
+
+    ``steps``: how many of each; an asynchronous step is one update.
+    """
     secret = new_secret()
-    bodies = [partial(_work, job, plan, rank, secret, steps) for rank in range(plan.workers)]
-    bodies += [partial(_serve, plan, secret) for _ in range(plan.servers)]
+    bodies = [partial(_work, jobs, plan, rank, secret, steps) for rank in range(plan.workers)]
+    bodies += [partial(_serve, len(jobs), plan, secret) for _ in range(plan.servers)]
     with crew(bodies) as lines:
-        workers = lines[: plan.workers]
-        addresses = gather(lines)
-        tell(workers, addresses)
-        taken = gather(workers)
-        tell(lines, "end")
-        peaks = gather(lines)
+        return [_rehearsed(plan, lines) for _ in jobs]
+
+
+def _rehearsed(plan: Plan, lines: Sequence[Line]) -> Found:
+    workers = lines[: plan.workers]
+    tell(workers, gather(lines))
+    taken = gather(workers)
+    tell(lines, "end")
+    peaks = gather(lines)
     grown = {"worker": max(peaks[: plan.workers]), **({"server": max(peaks[plan.workers :])} if plan.servers else {})}
     slowest = max((found["steps"] for found in taken), key=median)
     shared = 1 if plan.synchronous else plan.workers
@@ -126,14 +145,20 @@ def rehearse(job: Job, plan: Plan, steps: int) -> Found:
     return Found(Figure.of([seconds / shared for seconds in slowest]), compute, grown)
 
 
-def _work(job: Job, plan: Plan, rank: int, secret: bytes, steps: int, line: Line) -> None:
+def _work(jobs: Sequence[Job], plan: Plan, rank: int, secret: bytes, steps: Sequence[int], line: Line) -> None:
     began_with = psutil.Process().memory_info().rss
     torch.set_num_threads(1)
+    for job, count in zip(jobs, steps, strict=True):
+        _train(job, plan, rank, secret, count, line)
+        line.say(peak_bytes() - began_with)
+
+
+def _train(job: Job, plan: Plan, rank: int, secret: bytes, steps: int, line: Line) -> None:
     listener = PeerListener(secret)
     line.say(listener.address)
     addresses = [(host, port) for host, port in line.hear()]
     batch = _batch(job, *_share(job, plan, rank))
-    compute = _computing(job, batch, steps) if plan.dense != "mp" and not job.tables else [0.0]
+    compute = _computing(job, batch, steps) if plan.dense != "mp" else [0.0]
     trainer = strategy.find(plan).trainer(Context(job, plan, rank, 1, secret, listener))
     trainer.join(Seat(1, tuple(addresses[: plan.workers]), tuple(addresses[plan.workers :]), 0, "initial", 0, None))
     taken = []
@@ -149,14 +174,19 @@ def _work(job: Job, plan: Plan, rank: int, secret: bytes, steps: int, line: Line
     line.hear()
     trainer.close()
     listener.close()
-    line.say(peak_bytes() - began_with)
 
 
-def _serve(plan: Plan, secret: bytes, line: Line) -> None:
-    from tricorn.ps.server import Server
-
+def _serve(jobs: int, plan: Plan, secret: bytes, line: Line) -> None:
     began_with = psutil.Process().memory_info().rss
     torch.set_num_threads(1)
+    for _ in range(jobs):
+        _hold(plan, secret, line)
+        line.say(peak_bytes() - began_with)
+
+
+def _hold(plan: Plan, secret: bytes, line: Line) -> None:
+    from tricorn.ps.server import Server
+
     server = Server(secret, on_snapshot=_ignore, on_applied=_ignore)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -167,7 +197,6 @@ def _serve(plan: Plan, secret: bytes, line: Line) -> None:
     finally:
         server.stop()
         thread.join()
-    line.say(peak_bytes() - began_with)
 
 
 def _ignore(*_: Any) -> None:
@@ -186,10 +215,10 @@ def _batch(job: Job, start: int, stop: int) -> Batch:
 
 
 def _computing(job: Job, batch: Batch, steps: int) -> list[float]:
-    model = build_model(job)
+    run = rows_served(job)[0] if job.tables else partial(forward_backward, job, build_model(job))
     taken = []
     for _ in range(2 + min(steps, 10)):
         began = time.perf_counter()
-        forward_backward(job, model, batch)
+        run(batch)
         taken.append(time.perf_counter() - began)
     return taken[2:]

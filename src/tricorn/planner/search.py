@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from types import ModuleType
 
 import msgspec
 
 from tricorn.plan import Plan
+from tricorn.planner.correct import corrected
 from tricorn.planner.ground import Ground
+from tricorn.planner.parts import lost
 from tricorn.planner.prediction import Prediction, Rejected
 
 TIE = 1.03  # plans whose scores differ by less are alike, and the simplest of them is taken
-SLOW_LINK = 5_000.0  # Mbit/s below which it can pay to send less
-MICROBATCHES = (1, 2, 4, 8, 16)
+MARGIN = 1.1  # what is needed may be so many times what is predicted
 FAMILIES = ("dp", "ps", "mp", "ps+dp", "ps+mp")  # the simplest first
 
 WhyNot = Callable[[Sequence[Plan]], list[str | None]]
@@ -41,39 +42,47 @@ def exact(plan: Plan) -> bool:
 def search(ground: Ground, why_not: WhyNot, given: Mapping[str, object], *, approximate: bool) -> Planning:
     """Predict every candidate and rank them. ``given`` fields of the plan are as they are given.
 
+    Of plans that differ only in how the same workers go about the same thing (``_kind``) the best stands for all.
     Unless ``approximate``, a plan that is not exact is ranked but not chosen.
     """
-    plans = list(candidates(ground, given))
+    able: dict[object, Prediction] = {}
+    unable: dict[object, Rejected] = {}
+    for plan in candidates(ground, given):
+        kind, found = _kind(plan), predicted(plan, ground)
+        reason = found if isinstance(found, str) else _lack(found, ground)
+        if reason is not None:
+            unable.setdefault(kind, Rejected(plan=plan, reason=reason))
+        elif not isinstance(found, str) and (kind not in able or found.score < able[kind].score):
+            able[kind] = found
+    rejected = [each for kind, each in unable.items() if kind not in able]
     ranked: list[Prediction] = []
-    rejected: list[Rejected] = []
-    for plan, reason in zip(plans, why_not(plans), strict=True):
-        found = reason or predicted(plan, ground)
-        if isinstance(found, str):
-            rejected.append(Rejected(plan=plan, reason=found))
-        elif lack := _lack(found, ground):
-            rejected.append(Rejected(plan=plan, reason=lack))
+    for prediction, refusal in zip(able.values(), why_not([each.plan for each in able.values()]), strict=True):
+        if refusal is None:
+            ranked.append(prediction)
         else:
-            ranked.append(found)
+            rejected.append(Rejected(plan=prediction.plan, reason=refusal))
     ranked.sort(key=lambda prediction: prediction.score)
-    able = [prediction for prediction in ranked if approximate or exact(prediction.plan)]
-    return Planning(ranked=tuple(ranked), rejected=tuple(rejected), chosen=_simplest(able))
+    wanted = [prediction for prediction in ranked if approximate or exact(prediction.plan)]
+    return Planning(ranked=tuple(ranked), rejected=tuple(rejected), chosen=_simplest(wanted))
 
 
 def predicted(plan: Plan, ground: Ground) -> Prediction | str:
-    """What the plan would cost, or why that is not known."""
+    """What the plan would cost, with what runs have taught, or why that is not known."""
     if not ground.profile.compute:
         return ground.profile.unmeasured or "its computing could not be measured"
     try:
-        folder = "hybrid" if plan.strategy != plan.dense or plan.embeddings != "whole" else plan.strategy
-        cost = importlib.import_module(f"tricorn.{folder}.cost")
-        found: Prediction = cost.predict(plan, ground)
-    except ModuleNotFoundError:
-        return f"what {plan.strategy} costs is not known"
+        found: Prediction = equations(plan).predict(plan, ground)
     except KeyError as error:
         return f"nothing like it was measured on this machine ({error.args[0]})"
     except ValueError as error:
         return str(error)
-    return found
+    return corrected(msgspec.structs.replace(found, lost=lost(plan, ground)), ground)
+
+
+def equations(plan: Plan) -> ModuleType:
+    """The module of the strategy's costs: ``predict`` and ``parts``, both of (plan, ground)."""
+    folder = "hybrid" if plan.strategy != plan.dense or plan.embeddings != "whole" else plan.strategy
+    return importlib.import_module(f"tricorn.{folder}.cost")
 
 
 def candidates(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
@@ -90,34 +99,12 @@ def candidates(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
 
 
 def _proposed(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
-    hosts = ground.cluster.hosts
-    slow = len(hosts) > 1 and min(host.mbit or float("inf") for host in hosts) < SLOW_LINK
-    tables = bool(ground.profile.tables)
-    for workers in _counts(ground, given):
-        yield Plan(strategy="dp", workers=workers)
-        if workers > 1:
-            yield from (Plan(strategy="dp", workers=workers, zero=zero) for zero in _ZEROS)
-            if len({(host.speed, host.cores) for host in hosts}) > 1:
-                yield Plan(strategy="dp", workers=workers, balance=True)
-        if tables and workers > 1:
-            yield Plan(strategy="dp", workers=workers, embeddings="rows")
-        if workers > 1 and slow:
-            yield Plan(strategy="dp", workers=workers, compress="int8")
-            yield Plan(strategy="dp", workers=workers, compress="powersgd")
-            yield Plan(strategy="dp", workers=workers, local_steps=16)
-        for servers in sorted({1, 2, len(hosts)} if len(hosts) > 1 else {1}):
-            yield Plan(strategy="ps", workers=workers, servers=servers)
-            yield Plan(strategy="ps", workers=workers, servers=servers, consistency="asp")
-            if tables:
-                yield Plan(strategy="ps+dp", workers=workers, servers=servers)
-        if workers > 1:
-            for microbatches in MICROBATCHES:
-                for replicas in (1, 2) if workers >= 4 and workers % 2 == 0 else (1,):
-                    if microbatches * replicas <= ground.profile.batch_size:
-                        yield Plan(strategy="mp", workers=workers, microbatches=microbatches, replicas=replicas)
-
-
-_ZEROS: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    memory = given.get("memory")
+    room = memory if isinstance(memory, int) else min(host.memory for host in ground.cluster.hosts)
+    for folder in ("dp", "ps", "mp", "hybrid"):
+        propose = importlib.import_module(f"tricorn.{folder}.candidates").candidates
+        for workers in _counts(ground, given):
+            yield from propose(workers, ground, room)
 
 
 def _counts(ground: Ground, given: Mapping[str, object]) -> list[int]:
@@ -127,25 +114,44 @@ def _counts(ground: Ground, given: Mapping[str, object]) -> list[int]:
     hosts = len(ground.cluster.hosts)
     most = max(hosts, int(sum(max(1.0, host.cores) for host in ground.cluster.hosts)))
     small = set(range(1, min(most, 4) + 1))
-    return sorted(small | {1 << power for power in range(most.bit_length()) if 1 << power <= most} | {hosts, most})
+    powers = {1 << power for power in range(most.bit_length()) if 1 << power <= most}
+    spared = {hosts - servers for servers in (1, 2) if hosts - servers > 1}  # hosts that are left to servers
+    return sorted(small | powers | spared | {hosts, most})
+
+
+def _kind(plan: Plan) -> object:
+    """Plans of one kind differ only in the number of servers, or in microbatches and the order of their work.
+
+    One microbatch is a kind of its own: some models can only be trained so.
+    """
+    plain = msgspec.structs.replace(plan, servers=min(plan.servers, 1))
+    if plan.dense == "mp" and (plan.microbatches or 1) > 1:
+        plain = msgspec.structs.replace(plain, microbatches=2, schedule=None, chunks=None)
+    return plain
+
+
+def fits(size: float, memory: float) -> bool:
+    """Whether what is predicted to need so many bytes is sure enough to fit."""
+    return size * MARGIN <= memory
 
 
 def _lack(prediction: Prediction, ground: Ground) -> str | None:
     """What the plan has not enough of, in one sentence."""
     workers, servers = ground.places(prediction.plan)
+    stages = prediction.plan.stages * prediction.plan.tensor
     needed: dict[int, int] = {}
     for rank, host in enumerate(workers):
-        role = f"stage {rank % prediction.plan.stages}"
+        role = f"stage {rank % stages // prediction.plan.tensor}"
         needed[host] = needed.get(host, 0) + prediction.memory.get(role, prediction.memory.get("worker", 0))
     for host in servers:
         needed[host] = needed.get(host, 0) + prediction.memory.get("server", 0)
     for host, size in needed.items():
         its = ground.host(host)
-        if size > its.memory:
+        if not fits(size, its.memory):
             return f"needs {size / 1e9:.3g} GB of memory on {its.name}, which has {its.memory / 1e9:.3g} GB"
     limit = prediction.plan.memory
     role, most = prediction.fullest
-    if limit is not None and most > limit:
+    if limit is not None and not fits(most, limit):
         return f"its {role} needs {most / 1e9:.3g} GB of memory, and memory is {limit / 1e9:.3g} GB"
     return None
 

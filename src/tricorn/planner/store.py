@@ -18,31 +18,32 @@ from typing import TypeVar
 
 import msgspec
 
+from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
+from tricorn.state import cores
 
-FORMAT = 1  # of what is kept; what another one wrote is not read
+FORMAT = 3  # of what is kept; what another one wrote is not read
 
 T = TypeVar("T")
 
 
 class KeptProfile(msgspec.Struct, frozen=True):
-    """A profile, the digests of the files it depends on, and what strategies said of plans (JSON -> why not)."""
+    """A profile, the digests of the files it depends on, and what strategies said of plans (JSON -> why not).
+
+    ``seen``: what runs have taught since (planner/correct.py).
+    """
 
     profile: Profile
     sources: dict[str, str]
     verdicts: dict[str, str | None]
+    seen: Seen = {}
 
 
 def folder() -> Path:
     """Where it is kept."""
     given = os.environ.get("TRICORN_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tricorn"
-
-
-def cores() -> int:
-    """Of this machine, as far as this process may use them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_links() -> Links | None:
@@ -91,7 +92,7 @@ def _machine() -> tuple[str, ...]:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return (
         str(FORMAT), version("tricorn"), version("torch"), platform.python_version(), platform.node(), model,
-        str(cores()),
+        str(cores.usable()),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
@@ -17,12 +18,14 @@ from tricorn import errors
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import receive
 from tricorn.engine.local import pickled
-from tricorn.errors import PeerLost, TricornError, UsageError
+from tricorn.errors import JobFailed, PeerLost, TricornError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
-from tricorn.planner import orders, store
+from tricorn.planner import load, orders, store
+from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
+from tricorn.state import cores
 
 M = TypeVar("M", bound=m.Message)
 
@@ -30,8 +33,9 @@ M = TypeVar("M", bound=m.Message)
 class Survey:
     """Of one job, given as itself or as (file, name), or of the machine alone. Use as a context manager.
 
-    ``told`` hears what is being measured; with ``fresh`` nothing is taken from disk. A process is started only when
-    something has to be measured. Raises UsageError for a job that cannot be loaded.
+    ``told`` hears what is being measured; with ``fresh`` nothing is taken from disk, and what was measured on a busy
+    machine is measured again when it no longer is. A process is started only when something has to be measured.
+    Raises UsageError for a job that cannot be loaded, JobFailed for what cannot be measured.
     """
 
     def __init__(self, job: Job | tuple[str, str] | None, *, told: Callable[[str], None], fresh: bool = False) -> None:
@@ -41,9 +45,10 @@ class Survey:
         self._pickle = pickled(job) if isinstance(job, Job) else None
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._key = self._name_job()
-        self._kept = None if fresh else store.load_profile(self._key)
-        self.cores = store.cores()
+        self._sources: dict[str, str] | None = None  # once the job is loaded
+        self.key = self._name_job()  # under which its profile is kept
+        self._kept = None if fresh else store.load_profile(self.key)
+        self.cores = cores.usable()
 
     def __enter__(self) -> Survey:
         return self
@@ -62,21 +67,38 @@ class Survey:
 
     def links(self) -> Links:
         """Of this machine."""
-        found = None if self._fresh else store.load_links()
-        if found is None:
-            self._told("measuring this machine, which is done once")
-            found = self._ask(orders.MeasureLinks(cores=self.cores), orders.LinksMeasured).links
-            store.save_links(found)
+        kept = None if self._fresh else store.load_links()
+        if kept is not None and self._good(kept.busy):
+            return kept
+        self._told("measuring this machine, which is done once")
+        found = self._ask(orders.MeasureLinks(cores=self.cores), orders.LinksMeasured).links
+        if kept is not None and kept.busy <= found.busy:
+            return kept
+        store.save_links(found)
         return found
 
     def profile(self) -> Profile:
         """Of the job on this machine."""
-        if self._kept is None:
-            self._told("measuring the job")
-            found = self._ask(orders.MeasureJob(cores=self.cores), orders.JobMeasured).profile
-            self._keep(store.KeptProfile(found, self._sources, {}))
-        assert self._kept is not None
-        return self._kept.profile
+        kept = self._kept
+        if kept is not None and (self._sources is not None or self._good(kept.profile.busy)):
+            return kept.profile
+        self._told("measuring the job")
+        self._load()
+        found = self._ask(orders.MeasureJob(cores=self.cores), orders.JobMeasured).profile
+        if kept is None or found.busy < kept.profile.busy:
+            kept = store.KeptProfile(found, self._sources or {}, kept.verdicts if kept else {})
+            self._keep(kept)
+        return kept.profile
+
+    @property
+    def seen(self) -> Seen:
+        """What runs of the job have taught since it was measured."""
+        return self._kept.seen if self._kept is not None else {}
+
+    @property
+    def verdicts(self) -> dict[str, str | None]:
+        """What ``why_not`` has found of plans (JSON), now and before."""
+        return self._kept.verdicts if self._kept is not None else {}
 
     def known(self) -> Profile | None:
         """Of the job, if it was measured before and is still the same."""
@@ -91,15 +113,24 @@ class Survey:
         missing = [plan for plan, name in zip(plans, names, strict=True) if name not in kept.verdicts]
         if missing:
             self._told(f"asking which of {len(missing)} plans can run the job")
+            self._load()
             judged = self._ask(orders.Judge(plans=missing), orders.Judged).why_not
             found = {msgspec.json.encode(plan).decode(): why for plan, why in zip(missing, judged, strict=True)}
-            kept = store.KeptProfile(kept.profile, kept.sources, kept.verdicts | found)
+            kept = msgspec.structs.replace(kept, verdicts=kept.verdicts | found)
             self._keep(kept)
         return [kept.verdicts[name] for name in names]
 
+    def _good(self, busy: float) -> bool:
+        """Whether what was measured beside so much of others will do: it was little, or is no less now."""
+        return busy <= load.BUSY or self._busy_now
+
+    @cached_property
+    def _busy_now(self) -> bool:
+        return load.glance(self.cores) > load.BUSY
+
     def _keep(self, kept: store.KeptProfile) -> None:
         self._kept = kept
-        store.save_profile(self._key, kept)
+        store.save_profile(self.key, kept)
 
     def _name_job(self) -> str:
         if isinstance(self._job, tuple):
@@ -124,12 +155,13 @@ class Survey:
             pass_fds=handed, env=environment, stdin=subprocess.DEVNULL, stdout=2,
         )  # fmt: skip
         theirs.close()
-        self._sources: dict[str, str] = {}
-        if self._job is not None:
+
+    def _load(self) -> None:
+        """Have the job loaded: only now, for what the machine needs does not need it."""
+        if self._sources is None:
             file, name = self._job if isinstance(self._job, tuple) else (None, "")
-            load = orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
-            loaded = self._exchange(load, orders.Loaded)
-            self._sources = store.digests(loaded.sources)
+            order = orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
+            self._sources = store.digests(self._ask(order, orders.Loaded).sources)
 
     def _exchange(self, order: m.Message, kind: type[M]) -> M:
         assert self._sock is not None
@@ -139,7 +171,7 @@ class Survey:
             while isinstance(answer := receive(self._sock, decode), orders.Told):
                 self._told(answer.text)
         except (PeerLost, ConnectionError):
-            raise UsageError(
+            raise JobFailed(
                 "the process that measures the job is gone, perhaps for want of memory",
                 remedy="Look above for what it printed, or name a plan by --strategy, which needs no figures.",
             ) from None

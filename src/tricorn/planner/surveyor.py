@@ -8,15 +8,18 @@ from __future__ import annotations
 import socket
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import die_with_parent, receive
-from tricorn.errors import PeerLost, TricornError, UsageError, UserCodeError, users_line
+from tricorn.errors import JobFailed, PeerLost, TricornError, UsageError, UserCodeError, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.planner.links import Links
 from tricorn.planner.orders import (
     JobMeasured,
     Judge,
@@ -60,9 +63,7 @@ class Surveyor:
 
                 return JobMeasured(profile=profile(self._job, self._name, order.cores, self._tell))
             case MeasureLinks():
-                from tricorn.planner.sweep import sweep
-
-                return LinksMeasured(links=sweep(order.cores, self._tell))
+                return LinksMeasured(links=_swept(order.cores, self._tell))
             case Judge():
                 return Judged(why_not=_judged(self._job, order.plans))
         raise AssertionError(order)
@@ -88,6 +89,20 @@ class Surveyor:
 
     def _say(self, message: m.Message) -> None:
         self._sock.sendall(m.encode(message))
+
+
+def _swept(cores: int, told: Callable[[str], None]) -> Links:
+    """In a fork, so that a job measured afterwards does not have what the sweep imports and compiles."""
+    from tricorn.planner.crew import Line, crew
+    from tricorn.planner.sweep import sweep
+
+    def measure(line: Line) -> None:
+        line.say({"links": msgspec.to_builtins(sweep(cores, lambda text: line.say({"told": text})))})
+
+    with crew([measure]) as (line,):
+        while "told" in (said := line.hear()):
+            told(said["told"])
+    return msgspec.convert(said["links"], Links)
 
 
 def _judged(job: Job, plans: Sequence[Plan]) -> list[str | None]:
@@ -125,9 +140,7 @@ def _mistake(error: BaseException) -> TricornError:
     where = users_line(error)
     if where:
         return UserCodeError(said, remedy="Mend that line; `python FILE` shows the whole trace.", where=where)
-    return UsageError(
-        f"the job cannot be measured: {said}", remedy="Name a plan by --strategy, which needs no figures."
-    )
+    return JobFailed(f"the job cannot be measured: {said}", remedy="Name a plan by --strategy, which needs no figures.")
 
 
 def main() -> None:

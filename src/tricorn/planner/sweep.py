@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -17,22 +18,32 @@ from tricorn import optim
 from tricorn.comm.auth import new_secret
 from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
+from tricorn.engine.loading import prepare
 from tricorn.errors import UserCodeError
 from tricorn.job import Job
 from tricorn.plan import Plan
+from tricorn.planner.beside import beside
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Curve, Figure, Point
 from tricorn.planner.links import Links
-from tricorn.planner.rehearse import DIM, chain, rehearse, rows
+from tricorn.planner.load import Quiet
+from tricorn.planner.rehearse import DIM, Found, chain, pairs, rehearse, rows
+from tricorn.ps import sparse
 
 ELEMENTS = (1 << 12, 1 << 18, 1 << 21)  # of made models
 ROWS = (64, 1024, 16384)  # of made batches
 MICROBATCHES = (1, 8)
-STEPS = 24
-LONG = 10  # steps of the largest
+PAIRS = (1, 8)  # of layers that two workers split
+STEPS = 12
+LONG = 6  # steps of the largest
 BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # of collectives
-ROUNDS = 16
+ROUNDS = 12
 FLOAT = 4  # bytes
+_CHAINS = [chain(elements) for elements in ELEMENTS]
+_TABLES = [rows(count) for count in ROWS]
+_LENGTHS = [STEPS, STEPS, LONG]
+
+T = TypeVar("T")
 
 
 class Way(NamedTuple):
@@ -73,68 +84,76 @@ _ZEROS: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 def sweep(cores: int, told: Callable[[str], None]) -> Links:
     """Everything; ``told`` hears what is being measured. The process must have no threads but this one."""
-    before = psutil.Process().memory_info().rss
+    before = _of_a_fork()
     _warm()
-    imported = psutil.Process().memory_info().rss - before
+    imported = _of_a_fork() - before
     curves: dict[str, Curve] = {}
-    overhead = {role: grown + imported for role, grown in _growths()}
+    overhead: dict[str, int] = {}
+    quiet = Quiet(cores)
+
+    def measured(said: str, work: Callable[[], T]) -> T:
+        told(said)
+        return quiet.measure(work)
+
     for name, plan in ways(cores):
-        told(f"steps of {name} with {plan.workers}")
-        _add(curves, f"exchange/{name}/{plan.workers}", [(n * FLOAT, partial(_exchange, plan, n)) for n in ELEMENTS])
+        if found := measured(f"steps of {name} with {plan.workers}", partial(_rehearsed, _CHAINS, plan, _LENGTHS)):
+            sizes = [n * FLOAT for n in ELEMENTS]
+            curves[f"exchange/{name}/{plan.workers}"] = _curve(sizes, [each.exchange for each in found])
+            overhead |= {f"{name}/{role}": imported + grown for role, grown in found[0].grown.items()}
     for name, plan in row_ways(cores):
-        told(f"rows of {name} with {plan.workers}")
-        _add(curves, f"rows/{name}/{plan.workers}", [(n * DIM * FLOAT, partial(_step, rows(n), plan)) for n in ROWS])
+        if found := measured(f"rows of {name} with {plan.workers}", partial(_rehearsed, _TABLES, plan, _LENGTHS)):
+            sizes = [n * DIM * FLOAT for n in ROWS]
+            curves[f"rows/{name}/{plan.workers}"] = _curve(sizes, [each.exchange for each in found])
     for workers in sorted({2, min(4, cores)} - {1}):
-        told(f"a pipeline of {workers}")
-        plans = [(count, Plan(strategy="mp", workers=workers, microbatches=count)) for count in MICROBATCHES]
-        _add(curves, f"exchange/mp/{workers}", [(n, partial(_step, chain(workers), plan)) for n, plan in plans])
+        if found := measured(f"a pipeline of {workers}", partial(_pipelines, workers)):
+            curves[f"exchange/mp/{workers}"] = _curve(MICROBATCHES, [each.step for each in found])
+            overhead |= {f"mp/{role}": imported + grown for role, grown in found[0].grown.items()}
     for ranks in sorted({2, min(4, 2 * cores)}):
         for way in ("shared", "tcp"):
-            told(f"collectives of {ranks}, {way}")
-            for operation, curve in collectives(ranks, apart=way == "tcp").items():
-                curves[f"{way}/{operation}/{ranks}"] = curve
-    told("copies and updates")
-    with crew([_alone]) as (line,):
-        for name, points in line.hear().items():
-            curves[name] = Curve(tuple(Point(*point) for point in points))
-    return Links(cores=cores, curves=curves, overhead=overhead)
+            swept = measured(f"collectives of {ranks}, {way}", partial(collectives, ranks, apart=way == "tcp"))
+            curves |= {f"{way}/{operation}/{ranks}": curve for operation, curve in swept.items()}
+    if cores > 1 and (found := measured("layers that are split", _splits)):
+        few, many = (each.step.seconds for each in found)
+        exchanges = 2 * (PAIRS[1] - PAIRS[0])  # each pair sums once forward and once backward
+        curves["split/1"] = _curve([1], [Figure(max(0.0, many - few) / exchanges, found[1].step.scatter)])
+    curves |= measured("copies and updates", _copies)
+    both = measured("computing beside exchanging", beside)
+    return Links(cores=cores, curves=curves, overhead=overhead, beside=both, busy=quiet.busy)
 
 
-def _growths() -> Iterator[tuple[str, int]]:
-    """Bytes by which roles that hold next to nothing grow."""
-    for way, plan in (
-        ("dp", Plan(strategy="dp", workers=2)),
-        ("ps", Plan(strategy="ps", workers=1, servers=1)),
-        ("mp", Plan(strategy="mp", workers=2, microbatches=1)),
-    ):
-        with suppress(UserCodeError):
-            for role, grown in rehearse(chain(ELEMENTS[0]), plan, 2).grown.items():
-                yield f"{way}/{role}", grown
-
-
-def _add(curves: dict[str, Curve], name: str, cases: Sequence[tuple[float, Callable[[], Figure]]]) -> None:
-    """Measure a curve. What cannot run on this machine has none, and plans like it will be out of the question."""
+def _rehearsed(jobs: Sequence[Job], plan: Plan, steps: Sequence[int]) -> list[Found]:
+    """Empty for what cannot run on this machine: plans like it will be out of the question."""
     with suppress(UserCodeError):
-        curves[name] = Curve(tuple(Point(x, *measured()) for x, measured in cases))
+        return rehearse(jobs, plan, steps)
+    return []
 
 
-def _exchange(plan: Plan, elements: int) -> Figure:
-    return rehearse(chain(elements), plan, LONG if elements == ELEMENTS[-1] else STEPS).exchange
+def _pipelines(workers: int) -> list[Found]:
+    plans = [Plan(strategy="mp", workers=workers, microbatches=count) for count in MICROBATCHES]
+    found = [_rehearsed([chain(workers)], plan, [STEPS]) for plan in plans]
+    return [each for (each,) in found] if all(found) else []
 
 
-def _step(job: Job, plan: Plan) -> Figure:
-    return rehearse(job, plan, STEPS).step
+def _splits() -> list[Found]:
+    return _rehearsed([pairs(count) for count in PAIRS], Plan(strategy="mp", tensor=2), [STEPS] * len(PAIRS))
+
+
+def _curve(sizes: Sequence[float], figures: Sequence[Figure]) -> Curve:
+    return Curve(tuple(Point(x, *figure) for x, figure in zip(sizes, figures, strict=True)))
+
+
+def _of_a_fork() -> int:
+    """Resident bytes of a new fork of this process, which has of a library's pages those that it comes to use."""
+    with crew([lambda line: line.say(psutil.Process().memory_info().rss)]) as lines:
+        return int(gather(lines)[0])
 
 
 def _warm() -> None:
     """Import and compile before forking what every fork would have to."""
-    from tricorn.comm import within
-    from tricorn.dp import replicate, shard  # noqa: F401  what forks import
-    from tricorn.mp import trainer as pipelines  # noqa: F401  the same
-    from tricorn.ps import ring, server, shared, sparse, trainer  # noqa: F401  the same
-
-    within.warm({torch.float32, torch.float64})
-    ring.warm()
+    for plan in (Plan(strategy="dp"), Plan(strategy="ps", servers=1)):
+        prepare(plan, "float32")
+    for module in ("tricorn.dp.replicate", "tricorn.dp.shard", "tricorn.mp.trainer"):
+        import_module(module)
     sparse.warm()
 
 
@@ -206,6 +225,11 @@ def _timed(group: Group, work: Callable[[], None], rounds: int) -> Figure:
         work()
         taken.append(time.perf_counter() - began)
     return Figure.of(taken[2:])
+
+
+def _copies() -> dict[str, Curve]:
+    with crew([_alone]) as (line,):
+        return {name: Curve(tuple(Point(*point) for point in points)) for name, points in line.hear().items()}
 
 
 def _alone(line: Line) -> None:

@@ -33,12 +33,13 @@ class ParameterServer:
 
     def why_not(self, job: Job, plan: Plan) -> str | None:
         """One sentence that names what would have to change, None if the job can run. Builds the model."""
-        from tricorn.state.flat import model_without_rows
+        from tricorn.state.flat import model_without_rows, trained_parameters
         from tricorn.state.inspect import batch_statistics
         from tricorn.state.rows import row_tables
 
         model = model_without_rows(job)
-        if not any(p.requires_grad for p in model.parameters()):
+        trained = {name for name, _ in trained_parameters(model)}
+        if not trained:
             return "the model has no trainable parameter; set requires_grad on those that shall be trained"
         layers = batch_statistics(model)
         if layers and plan.workers > 1:
@@ -51,14 +52,24 @@ class ParameterServer:
                 f"layer {layers[0]!r} keeps statistics of the batch, which an asynchronous run does not save; use "
                 "GroupNorm or LayerNorm, or consistency bsp"
             )
-        if row_tables(job, model) and plan.compress == "topk":
+        tables = {table.parameter for table in row_tables(job, model)}
+        if tables and plan.compress == "topk":
             return "compress topk leaves most of a row's gradient behind and nothing adds it up; use bf16, fp16 or int8"
+        if plan.local_steps > 1 and trained <= tables:
+            return (
+                f"local_steps is {plan.local_steps}, and all that the model trains are tables, which are updated in "
+                "every step; leave it out"
+            )
         return _contradiction(plan)
 
     def trainer(self, context: Context) -> Trainer:
         """A worker's half, with the model built from the job's seed; a LeasedTrainer where the plan is asynchronous."""
         from tricorn.ps.trainer import AsyncTrainer, BspTrainer
 
+        if context.plan.local_steps > 1:
+            from tricorn.ps.local import LocalTrainer
+
+            return LocalTrainer(context)
         return BspTrainer(context) if context.plan.synchronous else AsyncTrainer(context)
 
 
@@ -81,6 +92,11 @@ def caution(optimizer: Mapping[str, Any], plan: Plan) -> str | None:
 def _contradiction(plan: Plan) -> str | None:
     if plan.compress == "powersgd":
         return "powersgd needs all workers to agree on its factors; use compress bf16, int8 or topk"
+    if plan.local_steps > 1 and not plan.synchronous:
+        return (
+            f"local_steps is {plan.local_steps}, and {plan.consistency} lends steps to workers one by one; use "
+            "consistency bsp (the tables may be asynchronous: sparse_consistency), or leave local_steps out"
+        )
     if plan.compress != "none" and plan.stale == "drop":
         return (
             "compress adds what rounding loses to later gradients, and stale drop throws gradients away; use stale "

@@ -8,11 +8,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from typing import Protocol
 
 from tricorn.comm.segment import Segment
 from tricorn.ps.ring import Side
+from tricorn.ps.wire import MOST_PARTS
 
 _AHEAD = 1 << 16  # bytes read at once, so that a small request costs one system call
 
@@ -82,7 +84,7 @@ class StreamChannel:
 
     def write(self, parts: Sequence[memoryview]) -> int:
         try:
-            return self.sock.sendmsg(parts)
+            return self.sock.sendmsg(islice(parts, MOST_PARTS))
         except BlockingIOError:
             return 0
 

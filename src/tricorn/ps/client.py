@@ -20,7 +20,7 @@ from tricorn.ps.exchange import Exchange, Slice, lost_peers
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.table import Description
 from tricorn.ps.transport import dial
-from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, WANTED, Header, Op, as_bytes
+from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, ROWS_ALONE, WANTED, Header, Op, as_bytes
 
 if TYPE_CHECKING:
     import ssl
@@ -116,14 +116,19 @@ class Client:
             if self._interrupted:
                 raise PeerLost("interrupted while connecting")
 
+    def check(self, rows: Sequence[Wanted | RowGradients]) -> None:
+        """Raise UsageError for rows that a request cannot speak of."""
+        self._wire.rows.check(rows)
+
     def create(
         self,
         descriptions: Sequence[Description],
         initial: Callable[[], Tensor],
         prefilled: Sequence[Tensor | None] = (),
     ) -> None:
-        """Rank 0: say what each server has to hold; bring the initial weights to those that want them.
+        """Say what each server has to hold; rank 0 brings the initial weights to those that want them.
 
+        Another rank waits until that has happened. Raises ProtocolError if a server holds something else.
         ``prefilled``: for each sparse table the rows that the model gives it, [rows, D], None if it gives none.
         """
         servers = self._wire.servers
@@ -155,13 +160,14 @@ class Client:
         self,
         step: int,
         status: Sequence[float],
-        gradient_N: Tensor,
+        gradient_N: Tensor | None,
         rows: Sequence[RowGradients] = (),
         *,
         bases: Sequence[int] | None = None,
     ) -> Ack:
         """Contribute gradient sums and five numbers to a step; returns when all workers have, on all servers.
 
+        With local steps there may be no ``gradient_N``, and a sixth number is the count of rows where it is another.
         ``bases``: by server, the oldest version that rows were read from, where that is not the step's own. Raises
         Diverged, on every worker, if the gradient is not finite; it is applied nowhere.
         """
@@ -179,14 +185,16 @@ class Client:
         return _agreed(acks, step) if acks else None
 
     def pull_version(
-        self, version: int, weights_N: Tensor, wanted: Sequence[Wanted] = (), *, scale: float, factor: float
+        self, version: int, weights_N: Tensor | None, wanted: Sequence[Wanted] = (), *, scale: float, factor: float
     ) -> None:
         """Receive the weights and rows of that version, having the servers apply the decided step before it.
 
-        The gradient is multiplied by ``scale``, every optimizer's rate by ``factor``.
+        The gradient is multiplied by ``scale``, every optimizer's rate by ``factor``. Without ``weights_N``, which is
+        for local steps, rows are received alone.
         """
         self.finish_reading()
-        self._wire.pull(Header(Op.PULL, version=version, numbers=(scale, factor)), weights_N, wanted)
+        flags = 0 if weights_N is not None else ROWS_ALONE
+        self._wire.pull(Header(Op.PULL, version=version, flags=flags, numbers=(scale, factor)), weights_N, wanted)
         self._version = version
 
     def snapshot(self, step: int) -> None:

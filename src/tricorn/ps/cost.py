@@ -5,10 +5,13 @@ Legend: n bytes of the dense part, m workers, s servers.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from tricorn.planner.ground import combined
+from tricorn.planner.ground import CODING, ENCODED, combined
+from tricorn.planner.parts import LOCAL_PENALTY, Parts, Served, stalls_of, stretched, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
+from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
     from tricorn.plan import Plan
@@ -25,145 +28,163 @@ ROW_ID = 8
 
 def predict(plan: Plan, ground: Ground) -> Prediction:
     """Of one update. Raises KeyError where nothing like it was measured."""
-    return _synchronous(plan, ground) if plan.synchronous else _asynchronous(plan, ground)
-
-
-def _synchronous(plan: Plan, ground: Ground) -> Prediction:
     profile, m = ground.profile, plan.workers
-    n = float(profile.weight_bytes - profile.table_bytes)
-    share = profile.batch_size / m
-    taken, scatter = ground.computing(plan, share, served=True)
-    busy, mean = max(taken), sum(taken) / m
-    row_bytes = m * _row_bytes(ground, share)
-    exchange, moved = _exchange("ps", plan, ground, n, row_bytes)
-    return Prediction(
-        plan=plan,
-        terms={
-            COMPUTE: mean,
-            UPDATE: _update(plan, ground, n + row_bytes),
-            EXCHANGE: exchange,
-            WIRE: _wire(plan, ground, n, row_bytes / m, together=True),
-            IDLE: max(0.0, busy - mean),
-            DATA: ground.loading(share, busy),
-        },
-        scatter=combined((busy, scatter), (exchange, moved)),
-        memory=_memory(plan, ground, n, share),
-        sent=2 * (m * n + row_bytes * (1 + ROW_ID / _row_width(ground))),
-        links=_links(plan, ground, n, row_bytes / m),
-        notes=ground.notes("ps", m, n),
-    )
-
-
-def _asynchronous(plan: Plan, ground: Ground) -> Prediction:
-    """Updates come at the workers' own pace, but no faster than the fullest server's processor and link take them."""
-    profile, m = ground.profile, plan.workers
-    n = float(profile.weight_bytes - profile.table_bytes)
-    samples = profile.batch_size
-    row_bytes = _row_bytes(ground, samples)
-    exchange, moved = _exchange("asp", plan, ground, n, row_bytes)
-    taken, scatter = ground.computing(plan, samples, served=True)
-    wire = _wire(plan, ground, n, row_bytes, together=False)
-    loading = ground.loading(samples, max(taken))
-    update = _update(plan, ground, n + row_bytes)
-    rate = sum(1 / (seconds + loading + wire) for seconds in taken)
-    mean = sum(taken) / m
-    pace = 1 / rate
-    server_link = _server_link(plan, ground, n, row_bytes)
-    terms = {
-        COMPUTE: mean * pace / (mean + loading + wire),
-        UPDATE: update,
-        EXCHANGE: exchange,
-        WIRE: max(wire * pace / (mean + loading + wire), server_link),
-        IDLE: 0.0,
-        DATA: loading * pace / (mean + loading + wire),
-    }
+    found, moved = _parts(plan, ground)
+    terms = _agreed(plan, ground, found) if plan.synchronous else _clocked(plan, ground, found)
+    n, samples, row_bytes = _amounts(plan, ground)
+    each = m if plan.synchronous else 1  # messages of a step
     return Prediction(
         plan=plan,
         terms=terms,
-        scatter=combined((terms[COMPUTE], scatter), (exchange, moved)),
+        scatter=combined((max(found.computing), found.scatter), (found.after[EXCHANGE], moved)),
         penalty=penalty(plan, profile),
         memory=_memory(plan, ground, n, samples),
-        sent=2 * (n + row_bytes * (1 + ROW_ID / _row_width(ground))),
-        links=_links(plan, ground, n, row_bytes),
-        notes=ground.notes("asp", m, n),
+        sent=each
+        * ((1 + ENCODED[plan.compress]) * n / plan.local_steps + 2 * row_bytes * (1 + ROW_ID / _row_width(ground))),
+        links={
+            ground.host(host).name: size
+            for host, size in _traffic(plan, ground, n / plan.local_steps, row_bytes).items()
+        },
+        notes=ground.notes("ps" if plan.synchronous else "asp", m, n),
     )
 
 
+def parts(plan: Plan, ground: Ground) -> Parts:
+    """What a step consists of, or a worker's update. Raises KeyError where nothing like it was measured."""
+    return _parts(plan, ground)[0]
+
+
+def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
+    """And the scatter of the exchange."""
+    n, samples, row_bytes = _amounts(plan, ground)
+    m, way = plan.workers, "ps" if plan.synchronous else "asp"
+    taken, scatter = ground.computing(plan, samples, served=True)
+    all_rows = (m if plan.synchronous else 1) * row_bytes
+    exchange, moved = _exchange(way, plan, ground, m, n, all_rows)
+    update = _update(plan, ground, n + all_rows)
+    busy = exchange + update
+    crowded = len(ground.cluster.hosts) == 1 and m + plan.servers > ground.cluster.cores
+    if not plan.synchronous and crowded:  # servers take from workers what they need
+        cores = min(m, ground.cluster.cores)
+        busy = exchange + (update + sum(taken) / m) / cores
+    served = _served(plan, ground, n / plan.local_steps, row_bytes, busy)
+    if not plan.synchronous:
+        exchange, _ = _exchange(way, plan, ground, 1, n, row_bytes)
+    after = {UPDATE: update, EXCHANGE: exchange, WIRE: _wire(served, m if plan.synchronous else 1)}
+    loading = ground.loading(samples, max(taken))
+    return Parts(computing=tuple(taken), scatter=scatter, loading=loading, after=after, served=served), moved
+
+
+def _amounts(plan: Plan, ground: Ground) -> tuple[float, float, float]:
+    """Bytes of the dense part, and of each worker's update its samples and the bytes of their rows."""
+    profile = ground.profile
+    samples = profile.batch_size / (plan.workers if plan.synchronous else 1)
+    return float(profile.weight_bytes - profile.table_bytes), samples, _row_bytes(ground, samples)
+
+
+def _agreed(plan: Plan, ground: Ground, found: Parts) -> dict[str, float]:
+    """A step waits for the slowest; then all exchange at once."""
+    idle = waiting(found.computing, found.scatter, stalls_of(plan, ground))
+    mean = sum(found.computing) / plan.workers
+    return {COMPUTE: mean, IDLE: idle, DATA: found.loading, **found.after}
+
+
+def _clocked(plan: Plan, ground: Ground, found: Parts) -> dict[str, float]:
+    """Updates come at the workers' own pace, but no faster than the cores, or the fullest server, make them.
+
+    With a bound on staleness the fast ones wait for the slowest in the end, however large it is.
+    """
+    m, served = plan.workers, found.served
+    assert served is not None
+    computing = stretched(found.computing, stalls_of(plan, ground))
+    beside = found.loading + sum(found.after.values())
+    cycles = [seconds + beside for seconds in computing]
+    own = max(cycles) / m if plan.consistency == "ssp" else 1 / sum(1 / cycle for cycle in cycles)
+    link = served.link * served.remote / m
+    pace = max(own, served.busy, link)
+    mean = sum(computing) / m
+    terms = {COMPUTE: mean, DATA: found.loading, **found.after}
+    terms = {term: seconds / m for term, seconds in terms.items()}
+    slack = pace - sum(terms.values())
+    held_by = WIRE if pace == link else EXCHANGE if pace == served.busy else IDLE
+    return {IDLE: 0.0, **terms, held_by: terms.get(held_by, 0.0) + max(0.0, slack)}
+
+
 def penalty(plan: Plan, profile: Profile) -> float:
-    """How many times the updates of one process an asynchronous run needs to come to the same loss."""
+    """How many times the updates of one process a run needs to come to the same loss, for gradients come late."""
+    if plan.synchronous:
+        late = 0.0 if plan.sparse_consistency in (None, "bsp") else STALE_ROWS
+        return (LOCAL_PENALTY if plan.local_steps > 1 else 1.0) + late
     each = STALE["momentum" if profile.optimizer == "SGD" and profile.slots else profile.optimizer]
     if profile.table_bytes > profile.weight_bytes / 2:
         each = min(each, STALE_ROWS)
     return 1 + each * (plan.workers - 1)
 
 
-def _exchange(way: str, plan: Plan, ground: Ground, n: float, row_bytes: float) -> tuple[float, float]:
-    """Seconds that processors exchange for in one update: the dense part, and rows beside it; and the scatter."""
-    m, links = plan.workers, ground.links
-    dense, scatter = ground.exchanging(way, m, max(n, 4.0))
+def _exchange(way: str, plan: Plan, ground: Ground, m: int, n: float, row_bytes: float) -> tuple[float, float]:
+    """Seconds that m workers and servers exchange for in one update: the dense part, and rows; and the scatter."""
+    links, size = ground.links, max(n, 4.0)
+    dense, scatter = ground.exchanging(way, m, size)
+    if plan.servers > 1:  # each of them has a part of every other worker's
+        own, (many, _) = ground.exchanging(way, 1, size)[0], ground.exchanging(way, m, size / plan.servers)
+        dense = min(dense, own + max(0.0, many - ground.exchanging(way, 1, size / plan.servers)[0]))
+    dense /= plan.local_steps
     if row_bytes:
-        rows = links.curve(f"rows/{way}", m)
-        dense += max(
-            0.0, links.seconds(f"rows/{way}", m, row_bytes) - links.curve(f"exchange/{way}", m).points[0].seconds
-        )
-        scatter = max(scatter, rows.scatter)
+        least = links.curve(f"exchange/{way}", m).points[0].seconds
+        rows = max(0.0, links.seconds(f"rows/{way}", m, row_bytes) - least)
+        rows += least if plan.local_steps > 1 else 0.0  # which are alone in most steps
+        # Those that may be older are read while the step before is computed.
+        dense += rows / 2 if plan.sparse_consistency in ("ssp", "asp") else rows
+        scatter = max(scatter, links.curve(f"rows/{way}", m).scatter)
     if len(ground.cluster.hosts) > 1:  # over connections, and not through shared memory
         dense += links.seconds("tcp/send", 2, n + row_bytes) - links.seconds("shared/send", 2, n + row_bytes)
-    return max(dense, 1e-6), scatter
+    return max(dense, 1e-6) + CODING[plan.compress] * links.seconds("copy", 1, n), scatter
 
 
 def _update(plan: Plan, ground: Ground, n: float) -> float:
     """Seconds in which the servers update their parts, one thread each."""
     each = ground.profile.updating(1, 1, n / plan.servers)
-    return max(each * ground.slowness(host, 1) for host in ground.places(plan)[1])
+    there = Counter(ground.places(plan)[1])
+    return max(each * ground.slowness(host, count) for host, count in there.items())
 
 
-def _wire(plan: Plan, ground: Ground, n: float, row_bytes: float, *, together: bool) -> float:
-    """Seconds on links in one worker's step: weights down, gradients up; ``together`` with all other workers."""
+def _served(plan: Plan, ground: Ground, n: float, row_bytes: float, busy: float) -> Served:
+    """The host whose link the servers on it keep busiest, or that of a worker that it keeps busier."""
     workers, servers = ground.places(plan)
+    working, serving = Counter(workers), Counter(servers)
+    size = n * (1 + ENCODED[plan.compress]) / 2 + row_bytes  # of a message, on average of both ways
+    fullest = Served(link=0.0, own=0.0, latency=0.0, remote=0, busy=busy)
     if len(ground.cluster.hosts) == 1:
+        return fullest
+    for host, count in serving.items():
+        link = size * count / plan.servers / ground.host(host).bytes_per_second
+        remote = plan.workers - working[host]
+        if link * remote >= fullest.link * fullest.remote:
+            fullest = Served(link=link, own=0.0, latency=ground.host(host).latency, remote=remote, busy=busy)
+    own, latency = 0.0, fullest.latency
+    for host, count in working.items():
+        away = size * count * (plan.servers - serving[host]) / plan.servers
+        if away:
+            its = ground.host(host)
+            own, latency = max(own, away / its.bytes_per_second), max(latency, its.latency)
+    return Served(link=fullest.link, own=own, latency=latency, remote=fullest.remote, busy=busy)
+
+
+def _wire(served: Served, together: int) -> float:
+    """Seconds on links in a worker's step, weights down and gradients up, with so many workers at once."""
+    if not served.remote and not served.own:
         return 0.0
-    each = (n + row_bytes) / plan.servers
-    found = 0.0
-    for server in servers:
-        remote = [host for host in workers if host != server]
-        if not remote:
-            continue
-        at_server = each * (len(remote) if together else 1)
-        slowest = max(
-            at_server / ground.host(server).bytes_per_second,
-            max(_to_worker(ground, host, each, servers) for host in remote),
-        )
-        latency = max(ground.host(host).latency for host in {server, *remote})
-        found = max(found, 2 * (slowest + latency))
-    return found
+    return 2 * (max(served.link * min(together, served.remote), served.own) + served.latency)
 
 
-def _to_worker(ground: Ground, host: int, each: float, servers: list[int]) -> float:
-    return each * sum(server != host for server in servers) / ground.host(host).bytes_per_second
-
-
-def _server_link(plan: Plan, ground: Ground, n: float, row_bytes: float) -> float:
-    """Seconds of the busiest server's link for each update, each direction by itself."""
-    workers, servers = ground.places(plan)
-    each = (n + row_bytes) / plan.servers
-    return max(
-        each * sum(host != server for host in workers) / plan.workers / ground.host(server).bytes_per_second
-        for server in servers
-    )
-
-
-def _links(plan: Plan, ground: Ground, n: float, row_bytes: float) -> dict[str, float]:
-    """Bytes of one step over each server's host's link, in one direction."""
-    workers, servers = ground.places(plan)
+def _traffic(plan: Plan, ground: Ground, n: float, row_bytes: float) -> dict[int, float]:
+    """Bytes of one step over the link of each host that has servers, in one direction."""
     if len(ground.cluster.hosts) == 1:
         return {}
-    found: dict[str, float] = {}
-    for server in servers:
-        remote = sum(host != server for host in workers) / (1 if plan.synchronous else plan.workers)
-        name = ground.host(server).name
-        found[name] = found.get(name, 0.0) + (n + row_bytes) / plan.servers * remote
-    return found
+    workers, servers = ground.places(plan)
+    working = Counter(workers)
+    each = (n + row_bytes) / plan.servers / (1 if plan.synchronous else plan.workers)
+    return {host: each * count * (plan.workers - working[host]) for host, count in Counter(servers).items()}
 
 
 def _row_bytes(ground: Ground, samples: float) -> float:
@@ -179,12 +200,20 @@ def _row_width(ground: Ground) -> float:
 
 
 def _memory(plan: Plan, ground: Ground, n: float, samples: float) -> dict[str, int]:
-    """Peak bytes of a worker (weights, gradients, messages, activations) and of a server (state, sums, versions)."""
+    """Peak resident bytes of a worker and of a server.
+
+    A worker has the weights, those that come next, and gradients; from several servers weights come into memory of
+    their own. A server has its part of the state, what each worker sends of a step, and, as each of several servers,
+    what each worker has still to read; tables are copied to be saved as the dense part is.
+    """
     profile, s = ground.profile, plan.servers
+    largest = min(profile.largest_bytes, n)
     activations = (profile.kept_bytes + profile.input_bytes) * samples + 4 * _row_bytes(ground, samples)
-    worker = ground.base("ps") + 3 * n + profile.buffer_bytes + activations
+    here = (3 if s == 1 else 4) * n + profile.buffer_bytes
+    worker = ground.base("ps") + peak_bytes(here, 2 * largest + activations, 0, largest)
     rows = sum(table.rows * (table.dim * (1 + profile.slots) * profile.element_bytes + SLOT_BYTES)
                for table in profile.tables)  # fmt: skip
     sums = plan.workers if plan.synchronous else 1
-    server = ground.base("ps", "server") + (n * (2 + profile.slots + sums) + rows) / s
+    state, reading = n * (1 + profile.slots) + rows, n * sums if s > 1 else 0
+    server = ground.base("ps", "server") + peak_bytes((state + reading) / s, n * sums / s, state / s, 0)
     return {"worker": int(worker), "server": int(server)}

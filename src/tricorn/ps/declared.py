@@ -15,6 +15,7 @@ from tricorn.ps.table import Description
 if TYPE_CHECKING:
     from tricorn.comm.codecs import ErrorFeedback
     from tricorn.job import Job
+    from tricorn.optim import Optimizer
     from tricorn.plan import Compression
     from tricorn.state.flat import Entry
     from tricorn.state.rows import RowTable
@@ -29,13 +30,32 @@ def given_rows(model: nn.Module, tables: Sequence[RowTable]) -> list[Tensor | No
     return [model.get_parameter(table.parameter).detach() if table.prefilled else None for table in tables]
 
 
-class Declared:
-    """The dense parameters, laid out as ``entries``, and the tables that servers hold."""
+def new_feedback(compress: Compression, flat_N: Tensor) -> ErrorFeedback | None:
+    """What adds to pushes of such a tensor what encoding earlier ones lost; None where nothing is encoded."""
+    if compress == "none":
+        return None
+    from tricorn.comm.codecs import ErrorFeedback, find
 
-    def __init__(self, context: Context, entries: Sequence[Entry], tables: Sequence[RowTable]) -> None:
+    return ErrorFeedback(find(compress), len(flat_N), flat_N.dtype)
+
+
+class Declared:
+    """The dense parameters, laid out as ``entries``, and the tables that servers hold.
+
+    ``optimizer`` is that of the dense parameters where it is not the job's.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        entries: Sequence[Entry],
+        tables: Sequence[RowTable],
+        optimizer: Optimizer | None = None,
+    ) -> None:
         self._context = context
         self._entries = entries
         self._tables = tables
+        self._optimizer = optimizer or context.job.optimizer
 
     def client(self, seat: Seat, *, compress: Compression, feedback: ErrorFeedback | None = None) -> Client:
         """A client of the servers of a seat, not connected."""
@@ -62,12 +82,13 @@ class Declared:
             dtype="float64" if job.precision == "float64" else "float32",
             start=part[0],
             stop=part[1],
-            optimizer=job.optimizer,
+            optimizer=self._optimizer,
             consistency=plan.consistency,
             staleness=plan.staleness,
             sparse=_specs(job, self._tables, buckets),
             sparse_consistency=plan.sparse_consistency,
             stale=plan.stale,
+            local_steps=plan.local_steps,
         )
 
 

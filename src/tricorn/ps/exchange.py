@@ -17,7 +17,7 @@ from tricorn.ps.memory import SMALLEST
 from tricorn.ps.placement import bucket_stops
 from tricorn.ps.rows import RowGradients, Rows, Wanted
 from tricorn.ps.transport import Transport
-from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, Header, Op, as_bytes
+from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, ROWS_ALONE, Header, Op, as_bytes
 
 if TYPE_CHECKING:
     from tricorn.comm.codecs import ErrorFeedback
@@ -41,6 +41,7 @@ class Exchange:
         self.rows = Rows(tables, bucket_stops(len(slices)), compress)
         self._encoding = ENCODINGS.index(compress)
         self._feedback = feedback
+        self._last: dict[int, memoryview] = {}  # by server, the dense gradient as it was encoded
         self._whole: set[int] = set()  # servers whose memory cannot be read in place after all
         self._views: dict[tuple[int, int, dtype], memoryview] = {}  # of small tensors, by address, elements and type
 
@@ -52,9 +53,9 @@ class Exchange:
             return [server.receive(*expected) for server in self.servers]
 
     def push(
-        self, headers: Sequence[Header], gradient_N: Tensor, rows: Sequence[RowGradients], reply: Op
+        self, headers: Sequence[Header], gradient_N: Tensor | None, rows: Sequence[RowGradients], reply: Op
     ) -> list[Header]:
-        """Send each server its part of the gradients; returns the replies."""
+        """Send each server its part of the gradients, of rows alone without ``gradient_N``; returns the replies."""
         self.rows.check(rows)
         with lost_peers():
             for index, header in enumerate(headers):
@@ -62,11 +63,11 @@ class Exchange:
             replies = [server.receive(reply, Op.UNKNOWN) for server in self.servers]
             for index in [index for index, each in enumerate(replies) if each.op == Op.UNKNOWN]:
                 self.rows.forget(index)
-                self._send_push(index, headers[index], gradient_N, rows)
+                self._send_push(index, headers[index], gradient_N, rows, again=True)
                 replies[index] = self.servers[index].receive(reply)
         return replies
 
-    def pull(self, header: Header, weights_N: Tensor, wanted: Sequence[Wanted]) -> list[int]:
+    def pull(self, header: Header, weights_N: Tensor | None, wanted: Sequence[Wanted]) -> list[int]:
         """Have each server's part of the weights and rows brought where they belong; returns the versions."""
         self.send_reads(header, wanted)
         return self.receive_reads(header, weights_N, wanted)
@@ -97,7 +98,7 @@ class Exchange:
                 reply = server.receive(Op.WEIGHTS, Op.UNKNOWN)
                 if reply.op == Op.UNKNOWN:
                     self._tell_all(index)
-                    self._send_push(index, headers[index], gradient_N, rows, wanted)
+                    self._send_push(index, headers[index], gradient_N, rows, wanted, again=True)
                     reply = server.receive(Op.WEIGHTS)
                 self._receive_weights(index, reply, weights_N, wanted)
                 replies.append(reply)
@@ -133,12 +134,19 @@ class Exchange:
         self,
         index: int,
         header: Header,
-        gradient_N: Tensor,
+        gradient_N: Tensor | None,
         rows: Sequence[RowGradients],
         wanted: Sequence[Wanted] = (),
+        *,
+        again: bool = False,
     ) -> None:
-        """``wanted``: the rows that a PUSH_PULL reads."""
+        """``wanted``: the rows that a PUSH_PULL reads; ``again``: the server did not take it the first time."""
         in_place = self._in_place(index)
+        if gradient_N is None:
+            writer = Writer()
+            self.rows.write(writer, index, rows, whole=in_place, seed=header.step)
+            self.servers[index].send(header._replace(flags=header.flags | ROWS_ALONE), writer.parts)
+            return
         if not (rows or wanted or self._encoding):
             op, step, version, flags, numbers, _ = header
             if in_place and op == Op.PUSH_PULL:
@@ -150,8 +158,8 @@ class Exchange:
         if header.op == Op.PUSH_PULL and in_place:
             flags |= IN_PLACE
         writer = Writer()
-        writer.add(self._encoded(header.step, gradient_N, index))
-        self.rows.write(writer, index, rows, whole=in_place, always=asks)
+        writer.add(self._last[index] if again and self._encoding else self._encoded(header.step, gradient_N, index))
+        self.rows.write(writer, index, rows, whole=in_place, always=asks, seed=header.step)
         if asks:
             self.rows.write(writer, index, wanted, whole=False, always=True)
         self.servers[index].send(header._replace(flags=flags), writer.parts)
@@ -163,7 +171,8 @@ class Exchange:
             return self.part(gradient_N, index)
         gradient_S = gradient_N[start:stop]
         data = self._feedback.encode(gradient_S, step, start) if self._feedback else codec.encode(gradient_S, step)
-        return as_bytes(data)
+        self._last[index] = as_bytes(data)
+        return self._last[index]
 
     def _in_place(self, index: int) -> bool:
         return self.servers[index].in_place is not None and index not in self._whole

@@ -20,7 +20,7 @@ from torch import Tensor
 from tricorn.errors import ProtocolError
 from tricorn.ps.blocks import MAX_ROWS, Block, Ids, Kept, UnknownDigest, Writer, decoded, encoded_size, read_blocks
 from tricorn.ps.table import Gradients, Table
-from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, Header, Op, as_bytes
+from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, ROWS_ALONE, Header, Op, as_bytes
 from tricorn.state.shards import Piece
 
 _BLOCK_BYTES = 32  # of what is not ids and rows, at most
@@ -52,6 +52,7 @@ class Mode(ABC):
         self._dense_bytes = self._dense_count * self._itemsize
         self.staleness: Counter[int] = Counter()  # of the weights and rows that gradients were computed from
         self._inboxes: dict[tuple[int, bool], memoryview] = {}  # by rank, and whether for pushes: where payloads go
+        self.bytes_in_place = 0  # of weights that workers were let read where they lie
         self._kept: dict[int, Kept] = {}  # by rank: what its connection has sent
 
     def greet(self, rank: int) -> None:
@@ -117,8 +118,14 @@ class Mode(ABC):
             raise ProtocolError(f"a request {Op(request.op).name} of {request.length} bytes where {due} are due")
 
     def _dense_size(self, request: Header) -> int:
+        if self._alone(request):
+            return 0
         encoding = request.flags >> ENCODING_SHIFT
         return encoded_size(encoding, self._dense_count, self._itemsize) if encoding else self._dense_bytes
+
+    def _alone(self, request: Header) -> bool:
+        """Whether it speaks of rows only, since the dense part is with the workers."""
+        return self.table.description.local_steps > 1 and bool(request.flags & ROWS_ALONE)
 
     def _blocks(self, rank: int, payload: memoryview, start: int, *lists: bool) -> list[list[Block]]:
         return read_blocks(payload, start, self.table.description.sparse, self._kept[rank], *lists)
@@ -126,7 +133,8 @@ class Mode(ABC):
     def _gradients(self, request: Header, payload: memoryview, blocks: Sequence[Block]) -> Gradients:
         """What a push brings; of the payload itself where nothing had to be decoded."""
         size, specs = self._dense_size(request), self.table.description.sparse
-        dense_S = decoded(payload[:size], request.flags >> ENCODING_SHIFT, self._dense_count, self.table.dtype)
+        encoding = 0 if self._alone(request) else request.flags >> ENCODING_SHIFT
+        dense_S = decoded(payload[:size], encoding, self._dense_count, self.table.dtype)
         rows = []
         for block, spec in zip(blocks, specs, strict=True):
             elements = len(block.ids_U) * spec.dim
@@ -138,12 +146,14 @@ class Mode(ABC):
         self, rank: int, request: Header, blocks: Sequence[Block], version: int, flags: int = 0
     ) -> list[tuple[Ids, Tensor]]:
         """Send the weights (not for ROWS) and rows that were asked for; returns the rows."""
+        weights = request.op != Op.ROWS and not self._alone(request)
         if request.flags & IN_PLACE:
+            self.bytes_in_place += self._dense_bytes * weights
             self._outlet.send(rank, Header(Op.WEIGHTS, version=version, flags=flags | IN_PLACE))
             return []
         found = [(block.ids_U, self.table.gather(index, block.ids_U)) for index, block in enumerate(blocks)]
         writer = Writer()
-        if request.op != Op.ROWS:
+        if weights:
             writer.add(as_bytes(self.table.weights_S))
         for _, rows_UD in found:
             if len(rows_UD):

@@ -27,8 +27,8 @@ _SPLITS = 8  # id lists that are known to be split, newest
 class Wanted(NamedTuple):
     """Rows to read: ``out_UD[u]`` becomes the row of ``ids_U[u]`` of that table (its place among the tables).
 
-    The ids are int64, each there once. As long as they are used in requests they must not be changed in place: they
-    are sorted out by server once, and known again by being the same tensor.
+    The ids are int64, each there once. They are sorted out by server once, and known again by being the same tensor,
+    unless that was changed in place; of one that shares NumPy's memory, changes there are not seen.
     """
 
     table: int
@@ -48,6 +48,7 @@ class Split(NamedTuple):
     """The ids of one table by server: server s has ``grouped_U[edges[s]:edges[s + 1]]``."""
 
     ids_U: Tensor
+    changes: int  # how often the tensor had been changed in place
     grouped_U: Ids
     order_U: Tensor | None  # grouped_U is ids_U[order_U]; None where they are the same
     edges: tuple[int, ...]
@@ -101,11 +102,19 @@ class Rows:
             raise UsageError("a request speaks of one table twice", remedy="Put the ids of a table into one list.")
 
     def write(
-        self, writer: Writer, server: int, asked: Sequence[Wanted | RowGradients], *, whole: bool, always: bool = False
+        self,
+        writer: Writer,
+        server: int,
+        asked: Sequence[Wanted | RowGradients],
+        *,
+        whole: bool,
+        always: bool = False,
+        seed: int = 0,
     ) -> None:
         """Add a block for each table if there are rows, or ``always``; with ``whole``, no id list is left out.
 
-        A list that is read is kept at the server for the push that follows, whose gradients come with it.
+        A list that is read is kept at the server for the push that follows, whose gradients come with it. ``seed``
+        decides which way an encoding rounds what is between.
         """
         if not asked and not always:
             return
@@ -122,7 +131,7 @@ class Rows:
             if isinstance(each, RowGradients):
                 flat = self._part(split, each.grads_UD, server).flatten()
                 codec = codec_of(encoding)
-                writer.add(as_bytes(codec.encode(flat) if codec else flat))
+                writer.add(as_bytes(codec.encode(flat, seed * len(self.specs) + table) if codec else flat))
 
     def places(self, server: int, wanted: Sequence[Wanted]) -> Iterator[tuple[Wanted, Ids, Tensor]]:
         """For each that is wanted, in the order of the tables: its ids of this server, and where their rows go.
@@ -147,7 +156,7 @@ class Rows:
 
     def split(self, ids_U: Tensor) -> Split:
         known = self._splits.get(id(ids_U))
-        if known is None:
+        if known is None or known.changes != _changes(ids_U):
             known = self._splits[id(ids_U)] = self._new_split(ids_U)
             if len(self._splits) > _SPLITS:
                 self._splits.popitem(last=False)
@@ -157,11 +166,11 @@ class Rows:
         # The split holds the tensor, so that no other can get its id().
         array = ids_U.detach().numpy()
         if len(self._stops_S) == 1:
-            return Split(ids_U, array, None, (0, len(array)), {})
+            return Split(ids_U, _changes(ids_U), array, None, (0, len(array)), {})
         from tricorn.ps.sparse.ids import split
 
         order_U, ends_S = split(array, self._stops_S)
-        return Split(ids_U, array[order_U], torch.from_numpy(order_U), (0, *map(int, ends_S)), {})
+        return Split(ids_U, _changes(ids_U), array[order_U], torch.from_numpy(order_U), (0, *map(int, ends_S)), {})
 
     def _named(self, server: int, table: int, split: Split, *, whole: bool, reads: bool) -> tuple[bytes, int]:
         kept, count = self._kept[server], split.edges[server + 1] - split.edges[server]
@@ -180,6 +189,11 @@ class Rows:
         if split.order_U is None:
             return rows_UD
         return rows_UD[split.order_U[split.edges[server] : split.edges[server + 1]]]
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often it has been changed in place; one of inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _dtype(spec: TableSpec) -> torch.dtype:

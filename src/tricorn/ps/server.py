@@ -32,7 +32,7 @@ from tricorn.state.shards import Piece
 
 MAX_STRANGERS = 64
 _FAREWELL_SECONDS = 1.0
-_REPORT_SECONDS = 0.02  # how long an applied step may go unreported
+_REPORT_SECONDS = 0.1  # how long an applied step may go unreported; as long as a worker's (worker/leased.py)
 
 T = TypeVar("T")
 
@@ -209,6 +209,8 @@ class Server:
         served = mode.serve(rank, lambda *of_mode: connection.serve(of_mode, others, patience))
         size = mode.table.description.bytes
         self._meter.bytes_received += len(served.log) * (HEADER.size + size)
+        if connection.side:
+            mode.bytes_in_place += len(served.log) * size
         self._meter.bytes_sent += len(served.log) * (HEADER.size + (0 if connection.side else size))
         for seconds in served.seconds:
             self._meter.answered(seconds)

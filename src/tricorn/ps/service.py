@@ -128,7 +128,7 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """What is held, and how old gradients were (docs/protocol.md)."""
         if self._mode is None:
-            return {"dense": None, "tables": [], "staleness": {}}
+            return {"dense": None, "tables": [], "staleness": {}, "bytes_in_place": 0}
         table = self._mode.table
         description = table.description
         dense = {
@@ -140,7 +140,8 @@ class Service:
              "consistency": description.row_consistency, "hot": sparse.hottest(HOT)}
             for sparse in table.sparse
         ]  # fmt: skip
-        return {"dense": dense, "tables": tables, "staleness": self.staleness}
+        told = {"dense": dense, "tables": tables, "staleness": self.staleness}
+        return told | {"bytes_in_place": self._mode.bytes_in_place}
 
     def places(self) -> bytes:
         """What workers of this host need to read parameters in place."""
@@ -222,15 +223,19 @@ class Service:
         self._outlet.send(rank, Header(Op.DONE))
 
     def _create(self, rank: int, request: Header) -> Conversation:
-        if rank != 0 or request.length > MAX_DOCUMENT:
-            raise ProtocolError(f"a description of {request.length} bytes from rank {rank}")
+        """What is to be held, from rank 0; the others are compared with it once it is there."""
+        if request.length > MAX_DOCUMENT:
+            raise ProtocolError(f"a description of {request.length} bytes is over the limit of {MAX_DOCUMENT}")
         room = memoryview(bytearray(request.length))
         description = read_description(bytes((yield room) or room))
+        while rank != 0 and not (self._open and self._mode):
+            yield None
         if self._mode:
             if other := difference(self._mode.table.description, description):
-                raise ProtocolError(other)
+                raise ProtocolError(other, remedy="Declare the same at all clients, or start other servers for it.")
         else:
             assert self.beginning
+            self._drop_unloaded()  # of a worker that left before it brought the weights
             _, step, source, checkpoint, *_ = self.beginning
             table = Table(description, memory_limit=self._memory_limit)
             mode = _new_mode(table, self._outlet, self.beginning)

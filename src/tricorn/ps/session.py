@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 import msgspec
 import torch
@@ -22,6 +22,7 @@ from tricorn.optim import Optimizer
 from tricorn.plan import Consistency
 from tricorn.ps import memory
 from tricorn.ps.access import Access, read
+from tricorn.ps.blocks import ENCODINGS
 from tricorn.ps.client import Client
 from tricorn.ps.placement import bucket_ranges, place
 from tricorn.ps.rows import RowGradients, Wanted
@@ -57,7 +58,7 @@ class Session:
 
     ``weights``: the dense parameters by name, CPU tensors that every ``pull`` fills. ``gradients``: tensors of the
     same shapes, from which ``push`` sends; where a server is on this host it reads them in place. So both belong to
-    the servers until the ticket of the request was waited for.
+    the servers until the ticket of the request was waited for, and so do the ids and gradients of rows.
 
     A ticket raises PeerLost when a server is lost, and what a server says: ProtocolError for another declaration,
     Diverged for a gradient that is not finite (nothing is changed by it), TableFull at a limit of memory.
@@ -171,21 +172,41 @@ class Session:
             return
         if count != 1:
             self._grads_N.mul_(count)
-            for _, _, grads_UD in rows:
-                grads_UD.mul_(count)
+            rows = [row._replace(grads_UD=row.grads_UD * count) for row in rows]
         self._client.push_sum(self._version, (0.0, count, count, 0, 0), self._grads_N, rows)
         self._version += 1
         self._factor = factor
 
     def _wanted(self, ids: Mapping[str, Tensor]) -> tuple[list[Wanted], dict[str, Tensor]]:
-        rows = {}
+        wanted, rows = [], {}
         for name, ids_U in ids.items():
-            _, spec = self._table(name)
+            index, spec = self._known(name, ids_U)
             rows[name] = torch.empty(len(ids_U), spec.dim, dtype=getattr(torch, spec.dtype))
-        return [Wanted(self._table(name)[0], ids_U, rows[name]) for name, ids_U in ids.items()], rows
+            wanted.append(Wanted(index, ids_U, rows[name]))
+        self._client.check(wanted)
+        return wanted, rows
 
     def _row_gradients(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> list[RowGradients]:
-        return [RowGradients(self._table(name)[0], ids_U, grads_UD) for name, (ids_U, grads_UD) in rows.items()]
+        gradients = [RowGradients(self._known(name, ids_U)[0], ids_U, grads) for name, (ids_U, grads) in rows.items()]
+        self._client.check(gradients)
+        return gradients
+
+    def _known(self, name: str, ids_U: Tensor) -> tuple[int, TableSpec]:
+        """The table, of which these ids can be asked for. Raises UsageError."""
+        known = self._table(name)
+        if not isinstance(ids_U, Tensor):
+            raise UsageError(
+                f"ids of table {name!r} are a {type(ids_U).__name__}", remedy="Give a one-dimensional int64 tensor."
+            )
+        if ids_U.dtype == torch.int64 and ids_U.dim() == 1:
+            from tricorn.ps.sparse.ids import unique
+
+            if len(unique(ids_U.numpy(force=True))[0]) < len(ids_U):
+                raise UsageError(
+                    f"ids of table {name!r} come twice",
+                    remedy="Give each once (torch.unique), with the sum of its gradients.",
+                )
+        return known
 
     def _table(self, name: str) -> tuple[int, TableSpec]:
         if name not in self._specs:
@@ -225,7 +246,8 @@ def connect(
     if secret is None or not addresses:
         raise UsageError("no servers, or no secret", remedy="Give addresses with their secret, or the servers' file.")
     if not 0 <= rank < 1 << _RANK_BITS:
-        raise UsageError(f"rank {rank} is not from 0 to {(1 << _RANK_BITS) - 1}")
+        raise UsageError(f"rank {rank} is not from 0 to {(1 << _RANK_BITS) - 1}", remedy="Count clients from 0.")
+    _check(optimizer, consistency, sparse_consistency, staleness, compress, tables=bool(tables))
     entries = {name: tensor.detach().cpu() for name, tensor in (dense or {}).items()}
     kinds = {tensor.dtype for tensor in entries.values()} or {torch.float32}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
@@ -234,23 +256,27 @@ def connect(
     specs = [_spec(name, dim, table, optimizer, dtype, seed) for name, (dim, table) in (tables or {}).items()]
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in entries.items())
     slices = place(layout(shapes), len(addresses)) if shapes else ((0, 0),) * len(addresses)
+    feedback = None
+    if compress != "none":
+        from tricorn.comm import codecs
+
+        feedback = codecs.ErrorFeedback(codecs.find(compress), layout(shapes)[-1].stop if shapes else 0, dtype)
     client = Client(
         addresses, slices, secret, rank=rank, incarnation=time.time_ns() // 1000, epoch=EPOCH, tables=specs,
-        compress=compress, share=share, tls=client_tls(Path(tls)) if tls else None,
+        compress=compress, feedback=feedback, share=share, tls=client_tls(Path(tls)) if tls else None,
     )  # fmt: skip
     try:
         client.connect()
-        if rank == 0:
-            descriptions = [
-                Description(
-                    tables=shapes, dtype=_name(dtype), start=start, stop=stop, optimizer=optimizer,
-                    consistency=consistency, sparse_consistency=sparse_consistency, staleness=staleness,
-                    sparse=tuple(msgspec.structs.replace(spec, buckets=buckets) for spec in specs),
-                )
-                for (start, stop), buckets in zip(slices, bucket_ranges(len(slices)), strict=True)
-            ]  # fmt: skip
-            flat = [tensor.reshape(-1) for tensor in entries.values()]
-            client.create(descriptions, lambda: torch.cat(flat) if flat else torch.zeros(0, dtype=dtype))
+        descriptions = [
+            Description(
+                tables=shapes, dtype=_name(dtype), start=start, stop=stop, optimizer=optimizer,
+                consistency=consistency, sparse_consistency=sparse_consistency, staleness=staleness,
+                sparse=tuple(msgspec.structs.replace(spec, buckets=buckets) for spec in specs),
+            )
+            for (start, stop), buckets in zip(slices, bucket_ranges(len(slices)), strict=True)
+        ]  # fmt: skip
+        flat = [tensor.reshape(-1) for tensor in entries.values()]
+        client.create(descriptions, lambda: torch.cat(flat) if flat else torch.zeros(0, dtype=dtype))
         synchronous = consistency == "bsp"
         version = client.version() if synchronous else 0
         if not synchronous:
@@ -261,6 +287,32 @@ def connect(
     return Session(
         client, entries, specs, rank=rank, servers=len(addresses), synchronous=synchronous, version=version, dtype=dtype
     )
+
+
+def _check(
+    optimizer: Optimizer,
+    consistency: Consistency,
+    sparse_consistency: Consistency | None,
+    staleness: int,
+    compress: str,
+    *,
+    tables: bool,
+) -> None:
+    """Raise UsageError for what no server could do."""
+    for field, given, would_do in optimizer.mistakes():
+        raise UsageError(f"the optimizer's {field} is {given}", remedy=would_do)
+    for name, value in (("consistency", consistency), ("sparse_consistency", sparse_consistency or "asp")):
+        if value not in get_args(Consistency):
+            raise UsageError(f"{name} is {value!r}", remedy=f"Give one of {', '.join(get_args(Consistency))}.")
+    if not isinstance(staleness, int) or staleness < 0:
+        raise UsageError(f"staleness is {staleness!r}", remedy="Give a whole number of clocks, 0 or more.")
+    if compress not in ENCODINGS:
+        raise UsageError(f"there is no encoding {compress!r}", remedy=f"Give one of {', '.join(ENCODINGS)}.")
+    if compress == "topk" and tables:
+        raise UsageError(
+            "topk leaves most of what rows have learned out for good",
+            remedy="With tables, give another encoding: bf16, fp16 or int8.",
+        )
 
 
 def _views(flat_N: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

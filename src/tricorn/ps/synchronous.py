@@ -33,15 +33,18 @@ class Synchronous(Mode):
     def __init__(self, table: Table, outlet: Outlet, *, workers: int, step: int) -> None:
         super().__init__(table, outlet)
         self._workers = workers
-        self._bsp = Bsp(workers, step)
+        self._bsp = Bsp(workers, step, table.description.local_steps)
+        self._whole = True  # whether the dense part is of the same step as the rows
         self._sums: dict[int, Gradients] = {}  # by rank, of the step at hand
         self._mean: Gradients | None = None  # of the complete step
         self._statuses: dict[int, tuple[float, ...]] = {}
-        self._acks: dict[int, Header] = {}  # of the last two complete steps
+        self._acks: dict[int, Header] = {}  # of the last two complete steps, in their order
         self._failure: TricornError | None = None  # why the complete step cannot be applied
 
     def steps(self) -> list[int]:
-        return self._bsp.steps()
+        held = self._bsp.steps()
+        ends = [self._whole, self._mean is not None and self._has_dense(self._mean)]
+        return [step for step, whole in zip(held, ends, strict=False) if whole]
 
     def begin(self, step: int, workers: int) -> None:
         """Go on with other workers; a complete sum that leads to ``step`` stays pending."""
@@ -79,7 +82,7 @@ class Synchronous(Mode):
                 ack = self._acks.get(request.step)
                 self._outlet.send(rank, ack or Header(Op.DONE, version=self._bsp.version))
             case Op.SNAPSHOT:
-                if rank != 0 or request.step != self._bsp.version:
+                if rank != 0 or request.step != self._bsp.version or not self._whole:
                     raise ProtocolError(f"rank {rank} wants a snapshot of step {request.step}, not {self._bsp.version}")
                 self._outlet.snapshot_taken(request.step, self.table.pieces())
                 self._outlet.send(rank, Header(Op.DONE, version=self._bsp.version))
@@ -89,11 +92,14 @@ class Synchronous(Mode):
     def _push(self, rank: int, request: Header, payload: memoryview) -> None:
         if self._bsp.judge(request.step, rank) is Verdict.TAKE:
             (blocks,) = self._blocks(rank, payload, self._dense_size(request), True)
-            self._sums[rank] = self._gradients(request, payload, blocks)
-            self._statuses[rank] = request.numbers[:5]
+            gradients = self._gradients(request, payload, blocks)
+            if any(len(other.dense_S) != len(gradients.dense_S) for other in self._sums.values()):
+                raise ProtocolError(f"step {request.step} with a dense part from some workers and without from others")
+            self._sums[rank] = gradients
+            self._statuses[rank] = request.numbers
             if self.table.description.row_consistency != "bsp":
                 self.staleness[max(0, request.step - request.version)] += 1
-            if self._bsp.contribute(rank):
+            if self._bsp.contribute(request.step, rank):
                 self._complete(request.step)
         elif request.step in self._acks:
             self._outlet.send(rank, self._acks[request.step])
@@ -103,11 +109,11 @@ class Synchronous(Mode):
     def _complete(self, step: int) -> None:
         ranks = range(self._workers)
         status = tuple(sum(column) for column in zip(*(self._statuses[rank] for rank in ranks), strict=True))
-        self._mean = mean([self._sums[rank] for rank in ranks], status[1])
+        self._mean = mean([self._sums[rank] for rank in ranks], status[1], status[5] or status[1])
         self._sums.clear()
         norm = sum(squared_norm(flat) for flat in self._mean.flats())
-        ack = Header(Op.ACK, step=step, version=step, numbers=(*status, norm))
-        self._acks = {known: header for known, header in self._acks.items() if known == step - 1} | {step: ack}
+        ack = Header(Op.ACK, step=step, version=step, numbers=(*status[:5], norm))
+        self._acks = dict([*self._acks.items()][-1:]) | {step: ack}
         for rank in ranks:
             self._outlet.send(rank, ack)
 
@@ -134,8 +140,12 @@ class Synchronous(Mode):
             for flat in self._mean.flats():
                 flat.mul_(scale)
         self.table.update(self._mean, step=request.version, factor=factor)
+        self._whole = self._has_dense(self._mean)
         self._mean = None
         self._bsp.advance()
+
+    def _has_dense(self, gradients: Gradients) -> bool:
+        return len(gradients.dense_S) == self._dense_count
 
     def _read_rows(self, rank: int, request: Header, payload: memoryview) -> None:
         description = self.table.description
@@ -150,13 +160,13 @@ class Synchronous(Mode):
         self._answer_read(rank, request, blocks, self._bsp.version)
 
 
-def mean(sums: Sequence[Gradients], count: float) -> Gradients:
-    """The sum of all ranks' gradients, in their order, divided by the count; the first one's memory is used up."""
+def mean(sums: Sequence[Gradients], count: float, row_count: float) -> Gradients:
+    """The sum of all ranks' gradients, in their order, divided by the counts; the first one's memory is used up."""
     dense_S = sums[0].dense_S
     for other in sums[1:]:
         dense_S.add_(other.dense_S)
     dense_S.div_(max(count, 1.0))
-    return Gradients(dense_S, [_mean_rows(same, count) for same in zip(*(each.rows for each in sums), strict=True)])
+    return Gradients(dense_S, [_mean_rows(same, row_count) for same in zip(*(each.rows for each in sums), strict=True)])
 
 
 def _mean_rows(parts: Sequence[tuple[Ids, Tensor]], count: float) -> tuple[Ids, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from tricorn.plan import Consistency, Stale
 from tricorn.ps import memory
 from tricorn.ps.blocks import Ids
 from tricorn.ps.sparse.spec import BUCKETS, TableSpec
-from tricorn.state.flat import Entry, flat_pieces, layout
+from tricorn.state.flat import OUTER_PREFIX, Entry, flat_pieces, layout
 from tricorn.state.row_shards import CHUNK, read_rows, row_pieces
 from tricorn.state.shards import CheckpointReader, Piece
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from tricorn.ps.sparse.store import SparseTable
 
 MAX_TABLES = 1024
+_RECORD = 40  # bytes of a row besides its numbers: id, count, last use, and of the index, also while it is built anew
+_UNEVEN = 1.25  # how much more than its share of the rows a server may have
+_LEAST = 1 << 20  # bytes
 _Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -37,7 +41,9 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a worker asks a server to hold, and how to update it.
 
     Elements [start, stop) of all dense tables, and of each sparse table the buckets that its spec says. ``staleness``
-    bounds SSP, and what ``drop`` lets through; ``compensation`` is the lambda of delay compensation.
+    bounds SSP, and what ``drop`` lets through; ``compensation`` is the lambda of delay compensation. With
+    ``local_steps`` above 1 workers make up to that many updates of the dense part by themselves, and ``optimizer``, at
+    its own rate whatever the schedule, takes how far they went for a gradient.
     """
 
     tables: tuple[tuple[str, tuple[_Natural, ...]], ...]  # name and shape, in the order of the flat layout
@@ -51,6 +57,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sparse_consistency: Consistency | None = None  # None: as the dense part
     stale: Stale = "keep"
     compensation: _Share = 0.04  # as Zheng et al. 2017 found best for CIFAR-10
+    local_steps: Annotated[int, msgspec.Meta(ge=1, lt=2**31)] = 1
 
     @property
     def row_consistency(self) -> Consistency:
@@ -113,7 +120,24 @@ def _mistakes(description: Description) -> list[str]:
         found += [f"sparse table {spec.name!r} cannot run: {field} is {given}" for field, given, _ in wrong]
     if description.consistency != "bsp" and description.row_consistency == "bsp":
         found.append("rows cannot be synchronous (bsp) where dense parameters are not")
+    if description.consistency != "bsp" and description.local_steps > 1:
+        found.append(f"local_steps {description.local_steps} need synchronous dense parameters (bsp)")
     return found
+
+
+def _divided(limit: int, specs: Sequence[TableSpec]) -> list[int]:
+    """The bytes that each table may take: what is known to be enough for it, and of the rest all others as much."""
+    needs = {}
+    for index, spec in enumerate(specs):
+        rows = spec.prefilled or (spec.declared.max_rows or 0) * (spec.declared.admit == 1)
+        share = (spec.buckets[1] - spec.buckets[0]) / BUCKETS
+        record = spec.dim * (1 + len(spec.optimizer.slots)) * 8 + _RECORD
+        needs[index] = int(rows * share * record * _UNEVEN) + _LEAST if rows else limit
+    parts = [0] * len(specs)
+    for left, index in zip(range(len(specs), 0, -1), sorted(needs, key=lambda index: needs[index]), strict=True):
+        parts[index] = min(needs[index], limit // left)
+        limit -= parts[index]
+    return parts
 
 
 class Gradients(NamedTuple):
@@ -157,8 +181,14 @@ class Table:
         if description.sparse:
             from tricorn.ps.sparse.store import SparseTable
 
-            limit = None if memory_limit is None else memory_limit // len(description.sparse)
-            self.sparse = tuple(SparseTable(spec, memory_limit=limit) for spec in description.sparse)
+            limit = psutil.virtual_memory().total if memory_limit is None else memory_limit
+            with ExitStack() as stack:
+                made = []
+                for spec, part in zip(description.sparse, _divided(limit, description.sparse), strict=True):
+                    made.append(SparseTable(spec, memory_limit=part))
+                    stack.callback(made[-1].close)
+                stack.pop_all()
+            self.sparse = tuple(made)
 
     def close(self) -> None:
         """Give the memory of the rows back."""
@@ -166,7 +196,8 @@ class Table:
             table.close()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"param": self.weights_S} | {f"optim/{slot}": tensor for slot, tensor in self.slots.items()}
+        prefix = OUTER_PREFIX if self.description.local_steps > 1 else "optim"
+        return {"param": self.weights_S} | {f"{prefix}/{slot}": tensor for slot, tensor in self.slots.items()}
 
     def load(self, folder: Path, step: int) -> None:
         """Take the server's part from a checkpoint, written by any number of servers or another strategy.
@@ -180,6 +211,8 @@ class Table:
                 low, high = max(entry.start, start), min(entry.stop, stop)
                 if low < high:
                     key = f"{prefix}/{entry.name}"
+                    if prefix.startswith(OUTER_PREFIX) and key not in reader:
+                        continue  # the run had no local steps until now
                     stored = reader.read_slice(key, entry.shape, low - entry.start, high - entry.start)
                     flat_S[low - start : high - start] = stored
         for table in self.sparse:
@@ -207,8 +240,11 @@ class Table:
             if len(ids_U):
                 table.update(ids_U, grads_UD.numpy(), step=step, lr=table.spec.optimizer.lr * factor)
             table.tick(step)
+        if len(gradients.dense_S) < len(self.weights_S):  # rows alone
+            return
         optimizer = self.description.optimizer
-        optimizer.update(self.weights_S, gradients.dense_S, self.slots, step=step, lr=optimizer.lr * factor)
+        rate = optimizer.lr * (factor if self.description.local_steps == 1 else 1.0)
+        optimizer.update(self.weights_S, gradients.dense_S, self.slots, step=step, lr=rate)
 
     def gather(self, table: int, ids_U: Ids) -> Tensor:
         """Copies of these rows (U, D)."""

@@ -12,7 +12,7 @@ from tricorn.ps.lookup import Ahead
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.versions import Versions, foresees
 from tricorn.ps.worker import Worker
-from tricorn.state.gradient import check_finite, clip_factor, squared_norm
+from tricorn.state.gradient import check_finite, clip_factor, schedule_factor, squared_norm
 from tricorn.state.shards import Piece
 from tricorn.strategy import Batch, Context, Outcome, Seat, Wishes, even_share
 
@@ -91,7 +91,7 @@ class BspTrainer(Worker):
     def _decided(self, step: int, ack: Ack) -> None:
         check_finite(step, Outcome.of(ack.status))
         assert self._versions
-        self._versions.decided(step + 1, (clip_factor(self._job, ack.squared_norm), self._factor(step)))
+        self._versions.decided(step + 1, (clip_factor(self._job, ack.squared_norm), schedule_factor(self._job, step)))
         self._step = step + 1
 
     def _pull(self) -> None:
@@ -123,7 +123,7 @@ class AsyncTrainer(Worker):
         return 0, samples
 
     def step(self, step: int, batch: Batch, samples: int, wishes: Wishes) -> Outcome:
-        ahead, factor = self._ahead(step, batch), self._factor(step)
+        ahead, factor = self._ahead(step, batch), schedule_factor(self._job, step)
         coming, self._coming = self._coming, None
         if coming and coming[0] is ahead:
             self._versions = coming[1].wait()

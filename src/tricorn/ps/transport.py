@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tricorn.comm.sockets import Address, connect, receive_exactly
 from tricorn.errors import PeerLost, ProtocolError
-from tricorn.ps.wire import HEADER, MAX_ERROR, Header, Op, decode_error, unsent
+from tricorn.ps.wire import HEADER, MAX_ERROR, MOST_PARTS, Header, Op, decode_error, unsent
 
 SHARED, REFUSED = b"\1", b"\0"  # what a server says to a segment that a worker offers
 _AHEAD = 1 << 16  # bytes read at once, so that a small frame costs one system call
@@ -123,7 +123,7 @@ class TcpTransport:
         left: Sequence[memoryview] = [memoryview(header.pack(length)), *parts]
         missing = HEADER.size + length
         self.bytes_sent += missing
-        while missing := missing - (sent := self._sock.sendmsg(left)):
+        while missing := missing - (sent := self._sock.sendmsg(left[:MOST_PARTS])):
             left = unsent(left, sent)
 
     def receive(self, *expected: Op) -> Header:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Versions:
-    """``weights_N`` are filled by ``pull``. ``version`` is the step that is next: all before it are decided.
+    """``weights_N``, if any, are filled by ``pull``. ``version`` is the step that is next: all before it are decided.
 
     Where the plan lets rows be older than their step, those of the next are read while this one computes.
     """
 
-    def __init__(self, plan: Plan, client: Client, weights_N: Tensor, version: int) -> None:
+    def __init__(self, plan: Plan, client: Client, weights_N: Tensor | None, version: int) -> None:
         self.version = version
         self.rates = (1.0, 1.0)  # clipping's and the schedule's, of the step decided last
         self._client = client

@@ -24,11 +24,13 @@ PROTOCOL = 2  # what the frames mean; told in the claim, so that another version
 HEADER = struct.Struct("!BB6xqq6dQ")
 MAX_DOCUMENT = 16 << 20  # bytes of a CREATE: the names and shapes of some hundred thousand parameters
 MAX_ERROR = 4096
+MOST_PARTS = 1024  # that the system sends in one call (IOV_MAX)
 PEEK = 1  # flag of PULL and ROWS: read without taking part in the clocks
 IN_PLACE = 2  # flag of PULL, ROWS and PUSH_PULL: the worker reads the server's memory itself once this is answered
 ANY_AGE = 1  # flag of PUSH and PUSH_PULL: not to be refused as too old
 DUPLICATE = 4  # flag of PUSHED, and of WEIGHTS after a PUSH_PULL: the step was in the weights already
 REFUSED = 8  # likewise: too old, and not in the weights
+ROWS_ALONE = 8  # flag of PUSH and PULL in local steps: the dense part stays out of it
 WANTED = 1  # flag of CREATED: the server waits for the initial weights
 ENCODING_SHIFT = 4  # of the dense gradient's encoding in the flags of PUSH and PUSH_PULL
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tricorn.ps.declared import Declared, given_rows
+from tricorn.ps.declared import Declared, given_rows, new_feedback
+from tricorn.ps.line import Line
 from tricorn.ps.lookup import Ahead, Lookups
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.state.flat import FlatParameters, device_of, model_without_rows
@@ -22,7 +23,6 @@ from tricorn.state.shards import CheckpointReader
 from tricorn.strategy import Batch, Context, Seat
 
 if TYPE_CHECKING:
-    from tricorn.comm.codecs import ErrorFeedback
     from tricorn.ps.client import Client
 
 
@@ -44,21 +44,18 @@ class Worker:
         self._grads_N: Tensor = self._flat.grads_N.to("cpu")
         self._fresh = True  # the model still has its initial weights
         self._judging = False
-        self._connected: Client | None = None
-        self._sent_before = 0  # by the clients of earlier epochs
+        self._line = Line()
         self.computed = 0.0
         self._foreseen: dict[int, Ahead] = {}  # the step to come, and meanwhile this one
-        self._feedback = self._new_feedback()
+        self._feedback = new_feedback(context.plan.compress, self._grads_N)
 
     @property
     def bytes_sent(self) -> int:
-        client = self._connected  # read once: another thread may ask while this one closes
-        return self._sent_before + (client.bytes_sent if client else 0)
+        return self._line.bytes_sent
 
     @property
     def _client(self) -> Client:
-        assert self._connected is not None, "join before anything else"
-        return self._connected
+        return self._line.client
 
     def held(self) -> int | None:
         """The weights are the servers' to hold."""
@@ -66,6 +63,8 @@ class Worker:
 
     def join(self, seat: Seat) -> None:
         self.close()
+        if self._feedback and seat.source != "keep":
+            self._feedback.forget()  # what it lost of steps that are undone
         if seat.source == "initial" and not self._fresh:
             self._begin_anew()
         elif seat.source == "checkpoint":
@@ -73,7 +72,7 @@ class Worker:
             self._flat.load_buffers(CheckpointReader(seat.checkpoint, seat.step))
         compress = self._context.plan.compress
         declared = Declared(self._context, self._flat.entries, self._tables)
-        self._connected = client = declared.client(seat, compress=compress, feedback=self._feedback)
+        client = self._line.take(declared.client(seat, compress=compress, feedback=self._feedback))
         declared.connect(client, len(seat.servers), initial=self._initial, given=self._given)
         self._given = []  # the servers have them now
         self._fresh = False
@@ -93,15 +92,11 @@ class Worker:
             self._lookups.end()
 
     def interrupt(self) -> None:
-        if client := self._connected:
-            client.interrupt()
+        self._line.interrupt()
 
     def close(self) -> None:
         self._foreseen.clear()
-        if client := self._connected:
-            self._sent_before += client.bytes_sent
-            self._connected = None
-            client.close()
+        self._line.close()
 
     def _ahead(self, step: int, batch: Batch) -> Ahead:
         """What this step looks up, as far as it is known."""
@@ -132,15 +127,7 @@ class Worker:
                 self._feedback.lost_N.copy_(lost_N)
             raise
 
-    def _new_feedback(self) -> ErrorFeedback | None:
-        if self._context.plan.compress == "none":
-            return None
-        from tricorn.comm.codecs import ErrorFeedback, find
-
-        return ErrorFeedback(find(self._context.plan.compress), len(self._grads_N), self._grads_N.dtype)
-
     def _begin_anew(self) -> None:
-        self._feedback = self._new_feedback()
         anew = model_without_rows(self._job)
         self._given = given_rows(anew, self._tables)
         tables = {table.parameter for table in self._tables}
@@ -151,7 +138,3 @@ class Worker:
 
     def _initial(self) -> Tensor:
         return self._weights_N.copy_(self._flat.weights_N)
-
-    def _factor(self, step: int) -> float:
-        """What the schedule makes of every optimizer's rate."""
-        return float(self._job.schedule(step)) if self._job.schedule else 1.0

@@ -6,6 +6,7 @@ from math import log10
 from typing import TYPE_CHECKING
 
 from tricorn.planner.explain import seconds, size
+from tricorn.planner.load import BUSY
 from tricorn.report.table import table
 
 if TYPE_CHECKING:
@@ -33,7 +34,15 @@ def picture(links: Links) -> str:
         kind, *what, ranks = name.split("/")
         curve = links.curves[name]
         rows.append((_WORDS[kind].format(*what), int(ranks), *(_cell(curve.at(x)) for x in SIZES)))
-    return table(("operation", "ranks", *(size(x) for x in SIZES)), rows)
+    lines = [table(("operation", "ranks", *(size(x) for x in SIZES)), rows)]
+    if links.beside:
+        slower = " and ".join(f"{what} {times:.2f} times" for what, times in links.beside.items())
+        lines.append(f"\nAt once in one process, beside each other, {slower} as long as alone.")
+    if links.busy > BUSY:
+        lines.append(
+            f"\nOther programs took {links.busy:.0%} of this machine meanwhile; it is measured again when quiet."
+        )
+    return "\n".join(lines)
 
 
 def _place(name: str) -> tuple[int, str, int]:

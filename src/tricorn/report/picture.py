@@ -15,7 +15,7 @@ MOST = 8  # places along an axis that are drawn; of more, the first ones and the
 def picture(plan: Plan, layers: tuple[str, ...] = ()) -> str:
     """Several lines of plain text. ``layers``: what each stage of a pipeline holds, in words, where it is known."""
     drawn = _mesh(plan, layers) if plan.dense == "mp" else _workers(plan)
-    return "\n".join([*drawn, *_servers(plan)])
+    return "\n".join([*drawn, *_spread(plan), *_servers(plan)])
 
 
 def _mesh(plan: Plan, layers: tuple[str, ...]) -> list[str]:
@@ -47,12 +47,13 @@ def _workers_at(mesh: Mesh, replica: int, stage: int) -> str:
 def _workers(plan: Plan) -> list[str]:
     names = ["..." if rank is None else f"worker-{rank}" for rank in _shown(plan.workers)]
     dense = plan.strategy != "ps"
+    whole = "the whole model" if not plan.served and plan.embeddings == "whole" else "the model but for its tables"
     between = " | " if dense and plan.workers > 1 else "   "
     holds = {
-        0: "the whole model",
-        1: "the whole model and a part of the optimizer's state",
-        2: "the whole model and a part of gradients and optimizer's state",
-        3: "a part of the model",
+        0: whole,
+        1: f"{whole} and a part of the optimizer's state",
+        2: f"{whole} and a part of gradients and optimizer's state",
+        3: f"a part of {whole.removeprefix('the whole ')}",
     }[plan.zero if dense else 0]
     lines = [between.join(names)]
     if dense and plan.workers > 1:
@@ -60,6 +61,14 @@ def _workers(plan: Plan) -> list[str]:
     elif dense:
         lines.append("    it has the whole model and every batch")
     return lines
+
+
+def _spread(plan: Plan) -> list[str]:
+    if plan.embeddings == "whole":
+        return []
+    what = {"rows": "rows of each embedding", "columns": "columns of each embedding", "tables": "of the embeddings"}
+    among = "replica of a stage" if plan.dense == "mp" else "worker"
+    return [f"    embeddings are spread: each {among} has some {what[plan.embeddings]}"]
 
 
 def _servers(plan: Plan) -> list[str]:

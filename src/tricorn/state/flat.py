@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tricorn.job import Job
     from tricorn.optim import Optimizer
 
+OUTER_PREFIX = "outer"  # of the slots, in a checkpoint, of an optimizer that acts on what local updates came to
 WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tricorn.state.memory import KEPT
+
 # What the first step brings in besides tensors: code of libraries, stacks, pools. Measured with a model of no size.
 FIRST_STEP = 16 << 20
 # What a fork comes to have for itself of the memory that it shared at first, with the coordinator's. Measured alike.
@@ -22,3 +24,11 @@ def state_bytes(weights: int, others: int, optimizer: Any, *, spread: int = 1) -
     scratch = _SCRATCH.get(type(optimizer).__name__, 0) * weights // spread
     saved = weights // spread + slots + others
     return 2 * weights + slots + others + max(saved, scratch)
+
+
+def peak_bytes(held: float, passing: float, saved: float, largest: float) -> float:
+    """The most bytes of who holds a state all the time, what passes in a step, and after it a copy to be written.
+
+    What passes stays with the process for the next step, unless the ``largest`` tensors of it are too large for that.
+    """
+    return held + (passing + saved if largest < KEPT else max(passing, saved))

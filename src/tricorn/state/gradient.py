@@ -47,15 +47,30 @@ def forward(job: Job, model: nn.Module, batch: Batch) -> Any:
         return call_model(model, placed(job, batch.inputs, device))
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in a tensor, or in tuples and dicts of such, however deep."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def device_of_output(output: Any) -> torch.device:
+    """Where a model's output is, whether it is a tensor, a tuple or a dict."""
+    return next((tensor.device for tensor in tensors(output)), torch.device("cpu"))
+
+
 def loss_sum(job: Job, output: Any, batch: Batch) -> Tensor:
     """The loss of the output times the batch's count: a scalar tensor to call ``backward`` on."""
-    device = output.device if isinstance(output, Tensor) else torch.device("cpu")
+    device = device_of_output(output)
     with autocast(job, device):
         loss: Tensor = job.loss(output, placed(job, batch.target, device))
     return loss * batch.count
 
 
-def forward_backward(job: Job, model: nn.Module, batch: Batch) -> float:
+def forward_backward(
+    job: Job, model: nn.Module, batch: Batch, before_backward: Callable[[], None] | None = None
+) -> float:
     """Add the gradient of the loss sum to the parameters' ``grad`` and return the loss sum.
 
     A share whose count is 0 adds nothing: the mean over nothing is not a number, its part of the sum is 0.
@@ -63,6 +78,8 @@ def forward_backward(job: Job, model: nn.Module, batch: Batch) -> float:
     if batch.count == 0:
         return 0.0
     total = loss_sum(job, forward(job, model, batch), batch)
+    if before_backward is not None:
+        before_backward()
     torch.autograd.backward(total)
     return total.item()
 
@@ -103,7 +120,12 @@ def check_finite(step: int, outcome: Outcome) -> None:
 
 def learning_rate(job: Job, step: int) -> float:
     """The optimizer's rate for a step, counted from 0, with the job's schedule in it."""
-    return float(job.optimizer.lr * (job.schedule(step) if job.schedule else 1.0))
+    return float(job.optimizer.lr * schedule_factor(job, step))
+
+
+def schedule_factor(job: Job, step: int) -> float:
+    """What the job's schedule makes of every rate in a step, counted from 0."""
+    return float(job.schedule(step)) if job.schedule else 1.0
 
 
 def clip_factor(job: Job, squared_norm: float) -> float:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+KEPT = 32 << 20  # bytes: smaller tensors' memory is kept when they are freed (``keep_freed``)
 # Of malloc.h, and their values in bytes; 32 MiB is the largest that glibc takes as the first.
-_MALLOC = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 16 << 20)}
+_MALLOC = {"M_MMAP_THRESHOLD": (-3, KEPT), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 16 << 20)}
 _ENDLESS = 1 << 60  # what version 1 of control groups says where there is no limit is near 2**63
 
 
@@ -37,22 +38,22 @@ def sharing() -> int:
     return _allowance.sharing
 
 
-def limit_bytes(root: Path = Path("/")) -> int | None:
+def limit_bytes(root: Path = Path("/"), *, among: int | None = None) -> int | None:
     """How many bytes this process may have; None where nothing sets a limit.
 
     It is the tightest of what was allowed, of RLIMIT_AS and RLIMIT_DATA, and of its part of what all processes share:
     the limits of the control groups that it is in (v1 and v2), and the machine's memory. ``root`` is where the
-    machine's files are looked for.
+    machine's files are looked for. ``among``: of how many it gets a part, where not of all that share the machine.
     """
     own = [value for value in (_allowance.memory, *_rlimits()) if value is not None]
-    shared = [value // _allowance.sharing for value in (*_group_limits(root), *_machine(root))]
+    shared = [value // (among or _allowance.sharing) for value in (*_group_limits(root), *_machine(root))]
     return min([*own, *shared], default=None)
 
 
 def killed_for_memory(root: Path = Path("/")) -> int | None:
     """How many processes of this process's control groups the kernel has killed for want of memory; None: unknown."""
     counts = []
-    for folder in _groups(root):
+    for folder in groups(root):
         for file in (folder / "memory.oom_control", folder / "memory.events"):
             with contextlib.suppress(OSError, ValueError):
                 fields = dict(line.split() for line in file.read_text().splitlines())
@@ -122,21 +123,21 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    for folder in _groups(root):
+    for folder in groups(root):
         for file in (folder / "memory.limit_in_bytes", folder / "memory.max"):
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                 if (value := int(file.read_text())) < _ENDLESS:
                     yield value
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """The folders of the control groups of memory that this process is in, and of all around them."""
+def groups(root: Path, controller: str = "memory") -> Iterator[Path]:
+    """The folders of the control groups of that resource that this process is in, and of all around them."""
     base = root / "sys/fs/cgroup"
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if "memory" in controllers.split(","):
-                top = base / "memory"
+            if controller in controllers.split(","):
+                top = base / controller
             elif not controllers and (base / "cgroup.controllers").exists():
                 top = base
             else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tricorn.job import Job
-from tricorn.state.gradient import loss_sum, placed
+from tricorn.state.gradient import device_of_output, loss_sum, placed
 from tricorn.strategy import Batch, Trainer
 from tricorn.worker.batches import Batches
 
@@ -20,7 +20,7 @@ class Judge:
         self.sums: dict[str, tuple[float, float]] = {}
 
     def __call__(self, output: Any, batch: Batch) -> None:
-        target = placed(self._job, batch.target, output.device)
+        target = placed(self._job, batch.target, device_of_output(output))
         if batch.count:
             self._add("loss", loss_sum(self._job, output, batch).item(), batch.count)
         for name, metric in self._job.metrics.items():

@@ -10,6 +10,7 @@ from tricorn.strategy import Outcome
 from tricorn.worker.loop import Loop
 
 REPORT_SECONDS = 0.05
+TELL_SECONDS = 0.5  # from one word of what steps were spent on to the next
 REPORTED_LOSSES = 10_000  # of the newest steps; more in one report would not fit its frame
 
 
@@ -27,6 +28,7 @@ class SynchronousLoop(Loop):
         step, saved, stopped = begin.step, begin.saved, False
         losses: list[float] = []
         reported = 0.0  # the first step is told at once
+        told = time.monotonic()
         while step < self.total_steps and not stopped:
             self.go_on(epoch)
             before = step
@@ -42,6 +44,9 @@ class SynchronousLoop(Loop):
             if outcome.wishes.checkpoint or cadence or ((stopped or last) and saved != step):
                 self._save(epoch, step)
                 saved = step
+            if time.monotonic() - told > TELL_SECONDS:
+                self.tell_spent(epoch, step)
+                told = time.monotonic()
             if boundary and self.batches.evaluation_samples:
                 self.evaluate(epoch, step, 0, self.batches.evaluation_samples)
         if saved != step:

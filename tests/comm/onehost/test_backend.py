@@ -19,6 +19,11 @@ SIZE = 4
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "30"))
 NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
+OPERATIONS = (
+    "all_reduce", "mean", "scaled", "complex", "coalesced", "reduce", "broadcast", "all_gather", "all_gather_single",
+    "reduce_scatter", "all_to_all", "uneven", "gather", "scatter", "message", "any_source", "barrier",
+)  # fmt: skip
+SUMMED = {"all_reduce", "mean", "scaled", "complex", "coalesced", "reduce", "reduce_scatter", "listed_scatter"}
 GROUPS = [[*ranks] for size in (4, 3, 2) for ranks in combinations(range(SIZE), size)]
 
 
@@ -31,10 +36,11 @@ def both(rank: int, size: int, folder: Path) -> dict[str, Any]:
         segment.here = group.here = lambda: f"host {rank // 2}"
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("cpu:tricorn,cuda:nccl", store=store, rank=rank, world_size=size)
-    return {
+    groups: dict[str, Any] = {
         name: [dist.new_group(ranks, backend=name, timeout=timedelta(seconds=30)) for ranks in GROUPS]
         for name in ("gloo", "tricorn")
     }
+    return {**groups, "operations": OPERATIONS + ("listed_scatter", "listed_to_all") * ("hosts" not in folder.name)}
 
 
 @pytest.fixture(scope="module", params=["one host", "two hosts"])
@@ -58,10 +64,7 @@ def sequence(groups: dict[str, Any], seed: int) -> None:
         n, root = len(members), chance.randrange(len(members))
         dtype = chance.choice((*NUMBERS, *INTEGERS, torch.bool))
         length = chance.choice((1, 7, 64, 1000, 8193, 50_000)) * n
-        operation = chance.choice((
-            "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_single", "reduce_scatter", "all_to_all",
-            "uneven", "gather", "scatter", "message", "barrier",
-        ))  # fmt: skip
+        operation = chance.choice(groups["operations"])
         kinds = ["SUM", "MIN", "MAX", "PRODUCT"] + ["BAND", "BOR", "BXOR"] * (not dtype.is_floating_point)
         reduction = getattr(dist.ReduceOp, chance.choice(kinds) if dtype is not torch.bool else "MAX")
         later, strided = chance.random() < 0.5, chance.random() < 0.2
@@ -77,7 +80,7 @@ def sequence(groups: dict[str, Any], seed: int) -> None:
             results[name] = run(operation, groups[name][place], x, own, n, root, reduction, splits, later)
         for wanted, got in zip(results["gloo"], results["tricorn"], strict=True):
             where = f"operation {turn} of seed {seed}: {operation} of {length} {dtype} by {reduction}"
-            if dtype.is_floating_point and operation in ("all_reduce", "reduce", "reduce_scatter"):
+            if dtype.is_floating_point and operation in SUMMED:
                 low = dtype in (torch.float16, torch.bfloat16)
                 close = {"rtol": 0.02 if low else 1e-5, "atol": 0.06 if low else 1e-5}
                 torch.testing.assert_close(got, wanted, **close, msg=lambda text, where=where: f"{where}: {text}")
@@ -88,9 +91,31 @@ def sequence(groups: dict[str, Any], seed: int) -> None:
 def run(
     operation: str, group: Any, x: Tensor, own: int, n: int, root: int, reduction: Any, splits: Any, later: bool
 ) -> list[Tensor]:
-    each = len(x) // n
+    each, ours = len(x) // n, dist.get_backend(group) == "tricorn"
+    if operation in ("mean", "scaled", "complex") and not x.is_floating_point():
+        operation = "all_reduce"
     if operation == "all_reduce":
         work, results = dist.all_reduce(x, reduction, group, async_op=later), [x]
+    elif operation in ("mean", "scaled"):  # which Gloo does not know
+        factor = 0.5 if operation == "scaled" else 1 / n
+        if ours:
+            kind = dist._make_nccl_premul_sum(factor) if operation == "scaled" else dist.ReduceOp.AVG
+        else:
+            kind, x = dist.ReduceOp.SUM, x * factor
+        work, results = dist.all_reduce(x, kind, group, async_op=later), [x]
+    elif operation == "complex":
+        both_parts = torch.complex(x.float(), x.float().flip(0))
+        work = dist.all_reduce(both_parts, group=group, async_op=later)
+        results = [torch.view_as_real(both_parts)]
+    elif operation == "coalesced":
+        work, results = None, [*x.chunk(3)]
+        if ours:
+            with dist._coalescing_manager(group, async_ops=True) as work:
+                for part in results:
+                    dist.all_reduce(part, reduction, group)
+        else:
+            for part in results:
+                dist.all_reduce(part, reduction, group)
     elif operation == "reduce":
         work = dist.reduce(x, group=group, group_dst=root, op=reduction, async_op=later)
         results = [x] if own == root else []
@@ -105,6 +130,28 @@ def run(
     elif operation == "reduce_scatter":
         results = [x.new_empty(each)]
         work = dist.reduce_scatter_single(results[0], x, reduction, group, async_op=later)
+    elif operation == "listed_scatter":
+        results = [x.new_empty(each)]
+        if ours:
+            work = dist.reduce_scatter(results[0], [*x.chunk(n)], reduction, group, async_op=later)
+        else:
+            work = dist.reduce_scatter_single(results[0], x, reduction, group, async_op=later)
+    elif operation == "listed_to_all":
+        results = [torch.empty_like(x)]
+        if ours:
+            work = dist.all_to_all([*results[0].chunk(n)], [*x.chunk(n)], group, async_op=later)
+        else:
+            work = dist.all_to_all_single(results[0], x, group=group, async_op=later)
+    elif operation == "any_source":
+        arrived: dict[int, Tensor] = {}
+        if own == root:
+            for _ in range(n - 1):
+                part = torch.empty_like(x)
+                arrived[dist.recv(part, group=group, tag=7)] = part
+        else:
+            dist.send(x, group=group, group_dst=root, tag=7)
+        dist.barrier(group)  # who sends next must not be taken for this
+        work, results = None, [arrived[source] for source in sorted(arrived)]
     elif operation == "all_to_all":
         results = [torch.empty_like(x)]
         work = dist.all_to_all_single(results[0], x, group=group, async_op=later)

@@ -55,13 +55,33 @@ def endlessly(group: Shared, operation: str) -> None:
         elif operation == "broadcast":
             group.broadcast(x, 1)
             group.barrier()
+        elif operation == "reduce":
+            group.reduce(x, 1)
+            group.barrier()
+        elif operation == "gather":
+            group.gather(parts if group.rank == 1 else [], others[0], 1)
+            group.barrier()
+        elif operation == "scatter":
+            group.scatter(others[0], parts if group.rank == 1 else [], 1)
+            group.barrier()
         else:
             sending = group.send(x, following, later=True)
             group.receive(parts[0].new_empty(1_000_003), preceding)
             sending.wait()
 
 
-OPERATIONS = ("small", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "messages")
+OPERATIONS = (
+    "small",
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "messages",
+    "reduce",
+    "gather",
+    "scatter",
+)
 
 
 class Trio:
@@ -87,8 +107,8 @@ class Trio:
         return [(float(when), text) for when, text in texts]
 
 
-def worker(rank: int, folder: Path, operation: str) -> None:
-    group = meet(rank, SIZE, folder)
+def worker(rank: int, folder: Path, operation: str, timeout: float = 60.0) -> None:
+    group = meet(rank, SIZE, folder, timeout)
     group.barrier()
     (folder / f"begun{rank}").touch()
     endlessly(group, operation)
@@ -144,25 +164,25 @@ def test_a_frozen_rank_is_waited_for(seed: int, tmp_path: Path) -> None:
     assert any(when > thawed for when, _ in ends)
 
 
-def frozen(rank: int, folder: Path, operation: str) -> None:
-    group = meet(rank, SIZE, folder, timeout=0.4)
-    group.barrier()
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    endlessly(group, operation)
-
-
-@pytest.mark.parametrize("operation", ["small", "all_reduce", "broadcast", "messages"])
-def test_a_frozen_rank_is_named_after_the_timeout(operation: str, tmp_path: Path) -> None:
-    trio = Trio(tmp_path, frozen, operation)
-    ends = trio.ends([0, 2])
-    os.kill(trio.pids[1], signal.SIGKILL)
-    os.waitpid(trio.pids[1], 0)
+@pytest.mark.parametrize("seed", range(max(4, ROUNDS // 2)))
+def test_a_frozen_rank_is_named_after_the_timeout(seed: int, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    victim, operation = chance.randrange(SIZE), OPERATIONS[seed % len(OPERATIONS)]
+    trio = Trio(tmp_path, worker, operation, 0.4)
+    while not all((tmp_path / f"begun{rank}").exists() for rank in range(SIZE)):
+        os.sched_yield()
+    pass_time(chance.random() * 0.05)
+    os.kill(trio.pids[victim], signal.SIGSTOP)
+    ends = trio.ends([rank for rank in range(SIZE) if rank != victim])
+    os.kill(trio.pids[victim], signal.SIGKILL)
+    os.waitpid(trio.pids[victim], 0)
     assert all("PeerLost" in text for _, text in ends)
-    named = [match for _, text in ends if (match := re.search(r"rank 1 has not come to (.*); waited (.*) s for", text))]
-    assert named
-    what = {"small": "all_reduce (32 bytes)", "messages": " rank 1"}.get(operation, operation)
-    assert all(what in match[1] and 0.4 <= float(match[2]) < AT_ONCE for match in named)
+    pattern = rf"rank {victim} has not come to (.*); waited (.*) s for"
+    named = [match for _, text in ends if (match := re.search(pattern, text))]
+    assert named, ends
+    what = {"small": "all_reduce (32 bytes)", "messages": f" rank {victim}"}.get(operation, operation)
+    assert all(what in match[1] or "barrier" in match[1] for match in named), ends
+    assert all(0.4 <= float(match[2]) < AT_ONCE for match in named), ends
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

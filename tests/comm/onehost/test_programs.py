@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
@@ -108,7 +109,7 @@ def redistribution(_: None) -> None:
 STAGED = {
     "GPipe": (ScheduleGPipe, 1), "1F1B": (Schedule1F1B, 1), "Interleaved1F1B": (ScheduleInterleaved1F1B, 2),
     "LoopedBFS": (ScheduleLoopedBFS, 2), "InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, 2),
-    "ZBVZeroBubble": (ScheduleZBVZeroBubble, 2),
+    "ZBVZeroBubble": (ScheduleZBVZeroBubble, 2), "DualPipeV": (ScheduleDualPipeV, 2),
 }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def pipeline(_: None, name: str) -> None:
     rank, count = dist.get_rank(), each * SIZE
     torch.manual_seed(0)
     blocks = [nn.Linear(WIDTH, WIDTH) for _ in range(count)]
-    own = [rank, count - 1 - rank] if "ZBV" in name else [rank + SIZE * turn for turn in range(each)]
+    own = [rank, count - 1 - rank] if "V" in name else [rank + SIZE * turn for turn in range(each)]
     stages = [PipelineStage(blocks[number], number, count, torch.device("cpu")) for number in own]
     schedule = schedule_type(stages[0] if each == 1 else stages, 8, loss_fn=lambda y, t: (y - t).square().mean())
     inputs, targets = (batch(),) if 0 in own else (), {"target": batch()} if count - 1 in own else {}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from tricorn.mp.tensor import apply, find
 from tricorn.state.slabs import slab_of
@@ -112,55 +111,13 @@ def test_same_numbers_in_single_precision(shards, name):
     compare(shards, *prepared(name, torch.float32), 2, 1e-5, large=2**18)
 
 
-class Drawn(nn.Module):
-    """Layers and what is between them as drawn; ``width`` features go in and out of each."""
-
-    def __init__(self, width: int, parts: list[tuple[str, int]]) -> None:
-        super().__init__()
-        self.width, self.parts = width, parts
-        self.layers = nn.ModuleList(self._layer(kind, number) for kind, number in parts)
-        self.head = nn.Linear(width, 3)
-
-    def _layer(self, kind: str, number: int) -> nn.Module:
-        width = self.width
-        if kind in ("linear", "skip", "twice"):
-            return nn.Linear(width, width, bias=number % 2 == 0)
-        if kind == "pair":
-            return nn.Sequential(nn.Linear(width, number + 4), nn.SiLU(), nn.Linear(number + 4, width))
-        if kind == "gate":
-            return nn.ModuleList([nn.Linear(width, 2 * (number + 4)), nn.Linear(number + 4, width)])
-        if kind == "join":
-            return nn.ModuleList([nn.Linear(width, number + 4), nn.Linear(width, 5), nn.Linear(number + 9, width)])
-        return nn.LayerNorm(width) if kind == "norm" else nn.Identity()
-
-    def forward(self, x):
-        for layer, (kind, number) in zip(self.layers, self.parts, strict=True):
-            if kind == "skip":
-                x = x + torch.tanh(layer(x)) * 0.5
-            elif kind == "twice":
-                x = torch.tanh(layer(torch.tanh(layer(x))))
-            elif kind == "gate":
-                a, b = layer[0](x).chunk(2, -1) if number % 2 else layer[0](x).unflatten(-1, (2, -1)).unbind(-2)
-                x = layer[1](a * b.sigmoid())
-            elif kind == "join":
-                x = layer[2](torch.cat([layer[0](x), layer[1](x).relu()], dim=1))
-            elif kind == "reverse":
-                x = x.flip(-1) * x.softmax(-1) if number % 2 else x - x.mean(-1, keepdim=True)
-            else:
-                x = layer(x)
-        return self.head(x)
-
-
-KINDS = ("linear", "skip", "twice", "pair", "gate", "join", "norm", "reverse", "nothing")
-
-
 @settings(max_examples=ROUNDS, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    parts=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 5)), min_size=1, max_size=6),
+    parts=st.lists(st.tuples(st.sampled_from(make.KINDS), st.integers(0, 5)), min_size=1, max_size=6),
     width=st.integers(5, 9), size=st.integers(2, 4), large=st.sampled_from([0, 40, 2**18]),
 )  # fmt: skip
 def test_random_models(shards, parts, width, size, large):
     torch.manual_seed(len(parts) + width)
-    whole = Drawn(width, parts).double()
+    whole = make.Drawn(width, parts).double()
     inputs, targets = torch.randn(4, width, dtype=torch.float64), torch.randint(0, 3, (4,))
     compare(shards, whole, make.classes_loss, inputs, targets, size, 1e-10, large)

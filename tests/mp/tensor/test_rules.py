@@ -136,7 +136,8 @@ def test_errors_are_those_of_torch_or_say_what_to_do(shards):
     assert all(shards(2).each(run))
 
 
-def test_an_embedding_finds_rows_wherever_they_are_and_refuses_others(shards):
+@pytest.mark.parametrize("padding", [3, -4])
+def test_an_embedding_finds_rows_wherever_they_are_and_refuses_others(shards, padding):
     table, rows = torch.randn(7, 2, dtype=torch.float64), torch.tensor([[0, 6, 3], [4, 3, 0]])
     blocks = blocks_of(((7, 7),), 3)
     wrong = {0: -1, 2: 7}
@@ -145,7 +146,7 @@ def test_an_embedding_finds_rows_wherever_they_are_and_refuses_others(shards):
         team = Team(group)
         part = team.narrow(table, 0, blocks).clone().requires_grad_()
         split = wrap(part.view_as(part), Spread(0, blocks, team))
-        found = F.embedding(rows, split, padding_idx=3)
+        found = F.embedding(rows, split, padding_idx=padding)
         (found * weights(found)).sum().backward()
         if group.rank in wrong:  # the shard at that end of the table is the one that can tell
             with pytest.raises(IndexError):
@@ -153,7 +154,7 @@ def test_an_embedding_finds_rows_wherever_they_are_and_refuses_others(shards):
         return found.detach(), part.grad
 
     expected = table.clone().requires_grad_()
-    made = F.embedding(rows, expected, padding_idx=3)
+    made = F.embedding(rows, expected, padding_idx=padding)
     (made * weights(made)).sum().backward()
     results = shards(3).each(run)
     assert all(torch.equal(found, made) for found, _ in results)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tricorn.ps.sparse.ids import bucket_of, split, sum_rows, unique
+from tricorn.ps.sparse.ids import bucket_of, split, sum_rows, sum_runs, unique
 from tricorn.ps.sparse.spec import BUCKETS
 
 IDS = st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), max_size=200).map(lambda i: np.array(i, np.int64))
@@ -37,6 +37,10 @@ def test_rows_are_added_in_their_order(dtype: type) -> None:
     np.add.at(expected_UD, inverse_N, grads_ND)
     out_UD = np.full((9, 5), np.nan, dtype)
     sum_rows(inverse_N, grads_ND, out_UD)
+    assert np.array_equal(out_UD, expected_UD)
+    wider = np.full((100, 10 * 5 + 3), np.nan, dtype)
+    wider[:, :50] = grads_ND.reshape(100, 50)
+    sum_runs(inverse_N, wider.reshape(-1), 10, 53, out_UD)
     assert np.array_equal(out_UD, expected_UD)
 
 

@@ -6,6 +6,7 @@ between one leader of each over Gloo; the other operations over Gloo. Tensors on
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,7 +16,7 @@ import msgspec
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from tricorn.comm.backend.hosts import Hosts
+from tricorn.comm.backend.hosts import PATIENCE, Hosts
 from tricorn.comm.backend.operations import Operations
 from tricorn.comm.segment import Ticket, here
 from tricorn.comm.shared import Shared, new_segment
@@ -88,15 +89,27 @@ class _Group(Operations):
         return group
 
     def shutdown(self) -> None:
+        for other in self._others():
+            other.shutdown()
         self._shared.close()
 
     def abort(self) -> None:
         self._wide.interrupt(f"rank {self._rank} aborted the group")
+        for other in self._others():
+            other.abort()
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._shared.timeout = timeout.total_seconds()
+        self._timeout = timeout
+        self._shared.timeout = timeout.total_seconds() + (PATIENCE if self._hosts else 0.0)
+        for other in self._others():
+            other.set_timeout(timeout)
 
     _set_default_timeout = set_timeout
+
+    def _others(self) -> list[dist.ProcessGroup]:
+        """Who does what does not go through shared memory alone."""
+        far = self._hosts.groups if self._hosts else []
+        return [*far, *([self._accelerated] if self._accelerated else [])]
 
     def _start_coalescing(self, device: object) -> None:
         pass
@@ -109,16 +122,33 @@ TricornGroup = types.new_class("TricornGroup", (_Group, dist.ProcessGroup))
 
 def _meet(store: Store, rank: int, size: int, timeout: float, name: str) -> tuple[Shared, Hosts | None]:
     """Learn where the other ranks are, through the store, and connect to them the best way."""
-    segment = new_segment(size, name)
-    store.set(f"segment/{rank}", msgspec.json.encode(segment.ticket).decode())
-    tickets = []
-    for peer in range(size):
-        try:
-            store.wait([f"segment/{peer}"], timedelta(seconds=timeout))
-        except RuntimeError:
-            raise PeerLost(f"rank {peer} has not joined the group {name!r} of {size} in {timeout:g} s") from None
-        tickets.append(msgspec.json.decode(store.get(f"segment/{peer}"), type=Ticket))
-    if all(ticket.host == here() for ticket in tickets):
-        return Shared(rank=rank, segment=segment, tickets=tickets, label=name, timeout=timeout), None
-    hosts = Hosts(store=store, rank=rank, segment=segment, tickets=tickets, label=name, timeout=timeout)
-    return hosts.local, hosts
+
+    def all_say(what: str, own: str) -> list[str]:
+        store.set(f"{what}/{rank}", own)
+        said = []
+        for peer in range(size):
+            try:
+                store.wait([f"{what}/{peer}"], timedelta(seconds=timeout))
+            except RuntimeError:
+                raise PeerLost(
+                    f"rank {peer} has not joined the group {name!r} of {size} in {timeout:g} s",
+                    remedy="See that all ranks are started, and what that one says; or give a longer timeout.",
+                ) from None
+            said.append(store.get(f"{what}/{peer}").decode())
+        return said
+
+    with contextlib.ExitStack() as undo:
+        segment = new_segment(size, name)
+        undo.callback(segment.close)
+        own = msgspec.json.encode(segment.ticket).decode()
+        tickets = [msgspec.json.decode(ticket, type=Ticket) for ticket in all_say("segment", own)]
+        hosts = None
+        if all(ticket.host == here() for ticket in tickets):
+            shared = Shared(rank=rank, segment=segment, tickets=tickets, label=name, timeout=timeout)
+        else:
+            hosts = Hosts(store=store, rank=rank, segment=segment, tickets=tickets, label=name, timeout=timeout)
+            shared = hosts.local
+        undo.callback(shared.close)
+        all_say("attached", "yes")  # before that, nobody may leave: its memory would be gone
+        undo.pop_all()
+    return shared, hosts

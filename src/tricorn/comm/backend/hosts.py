@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from tricorn.comm import shared_sums as sums
 from tricorn.comm.segment import Segment, Ticket
 from tricorn.comm.shared import Shared
 from tricorn.errors import ClusterError, PeerLost
@@ -19,6 +20,7 @@ _GLOO = {
     "sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "product": dist.ReduceOp.PRODUCT, "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX, "band": dist.ReduceOp.BAND, "bor": dist.ReduceOp.BOR, "bxor": dist.ReduceOp.BXOR,
 }  # fmt: skip
+PATIENCE = 2.0  # seconds that a host waits longer for its leader than that one for the others: it knows who is lost
 
 
 class Hosts:
@@ -35,7 +37,6 @@ class Hosts:
         self._near = [peer for peer, host in enumerate(self._host_of) if host == self._host]
         self._rank = rank
         self._size = len(tickets)
-        self._far_leaders = [self._host_of.index(host) for host in range(len(hosts)) if host != self._host]
         self._barrier = torch.zeros(1)
         span = timedelta(seconds=timeout)
         self.gloo = gloo_group(PrefixStore("all/", store), rank, self._size, span)
@@ -44,15 +45,24 @@ class Hosts:
             self._leaders = gloo_group(PrefixStore("leaders/", store), self._host, len(hosts), span)
         self.local = Shared(
             rank=self._near.index(rank), segment=segment, tickets=[tickets[peer] for peer in self._near],
-            label=label, timeout=timeout,
+            label=label, timeout=timeout + PATIENCE, names=self._near,
         )  # fmt: skip
 
+    @property
+    def far(self) -> str:
+        """The ranks of the other hosts, as an error names them."""
+        return " or ".join(f"rank {peer}" for peer in range(self._size) if peer not in self._near)
+
     def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
-        """Inside each host, between the leaders, and back. ``avg`` divides by the number of all ranks."""
+        """Inside each host, between the leaders, and back. ``avg`` divides by the number of all ranks.
+
+        Raises UsageError, and the group goes on, where ``Shared.all_reduce`` does.
+        """
+        sums.reduction(tensor.dtype, operation)
         within = "sum" if operation == "avg" else operation
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(_GLOO[within])
-        with self._together():
+        with self._together(f"all_reduce ({tensor.nbytes} bytes)"):
             self.local.reduce(tensor, 0, within)
             if self._leaders:
                 self._leaders.allreduce([tensor], options).wait()
@@ -65,13 +75,18 @@ class Hosts:
         home = self._host_of[root]
         options = dist.BroadcastOptions()
         options.rootRank = home
-        with self._together():
+        with self._together(f"broadcast ({tensor.nbytes} bytes)"):
             if self._host == home:
                 self.local.broadcast(tensor, self._near.index(root))
             if self._leaders:
                 self._leaders.broadcast([tensor], options).wait()
             if self._host != home:
                 self.local.broadcast(tensor, 0)
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those over Gloo that this rank is in."""
+        return [self.gloo, *([self._leaders] if self._leaders else [])]
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -84,7 +99,7 @@ class Hosts:
         self.local.interrupt(reason)
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def _together(self, what: str) -> Iterator[None]:
         """What one host or the way between them fails in, all fail in, instead of waiting for the timeout."""
         try:
             yield
@@ -93,10 +108,14 @@ class Hosts:
             raise
         except RuntimeError as error:
             self._leaders = None
-            far = " or ".join(f"rank {peer}" for peer in self._far_leaders)
-            reason = f"the host of {far} is lost: {error}"
+            reason = lost(self.far, what, error)
             self.local.interrupt(reason)
             raise PeerLost(reason) from error
+
+
+def lost(far: str, what: str, error: BaseException) -> str:
+    """What to say of an operation that the ranks of other hosts, named in ``far``, did not finish."""
+    return f"{far}, on another host, was lost in {what}: {error}"
 
 
 def gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:

@@ -13,9 +13,9 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from tricorn.comm.backend.hosts import Hosts
 from tricorn.comm.backend.tensors import each_in_one_piece, in_one_piece, reduction, sent
-from tricorn.comm.backend.work import Work
+from tricorn.comm.backend.work import FarWork, Work
 from tricorn.comm.shared import Shared
-from tricorn.errors import UsageError
+from tricorn.errors import PeerLost, UsageError
 
 _WIDE = {"allreduce", "allreduce_coalesced", "broadcast", "barrier"}
 
@@ -41,10 +41,13 @@ class Operations:
         def work() -> None:
             for tensor in tensors:
                 operation, factor = reduction(opts, tensor)
-                with in_one_piece(tensor) as whole:
-                    if factor is not None:
-                        whole.mul_(factor)
-                    self._shared.reduce(whole, opts.rootRank, operation)
+                if self._rank == opts.rootRank:
+                    with in_one_piece(tensor) as whole:
+                        if factor is not None:
+                            whole.mul_(factor)
+                        self._shared.reduce(whole, opts.rootRank, operation)
+                else:
+                    self._shared.reduce(sent(tensor, factor), opts.rootRank, operation)
 
         return self._do("reduce", work, tensors, opts, tensors, opts)
 
@@ -138,9 +141,16 @@ class Operations:
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier within a time of its own; PeerLost names the rank that has not come."""
+        if self._hosts:
+            everywhere: Any = self._hosts.gloo  # whose declaration lacks it
+            try:
+                everywhere.monitored_barrier(timeout or self._timeout, wait_all_ranks)
+            except RuntimeError as error:
+                raise PeerLost(f"not all ranks have come to monitored_barrier: {error}") from error
+            return
         usual, self._shared.timeout = self._shared.timeout, (timeout or self._timeout).total_seconds()
         try:
-            self._wide.barrier()
+            self._shared.barrier()
         finally:
             self._shared.timeout = usual
 
@@ -155,14 +165,16 @@ class Operations:
 
     def send(self, tensors: list[Tensor], target: int, tag: int = 0) -> Any:
         if other := self._other(tensors):
-            return other.send(tensors, target, tag)
+            return self._named(other.send(tensors, target, tag), other, f"sending to rank {target}")
         result = Work(tensors)
         self._shared.send(tensors[0].detach().contiguous(), target, tag, later=True, then=result.finish)
         return result
 
     def recv(self, tensors: list[Tensor], source: int | None, tag: int = 0) -> Any:
         if other := self._other(tensors):
-            return other.recv(tensors, source, tag) if source is not None else other.recv_anysource(tensors, tag)
+            if source is None:
+                return self._named(other.recv_anysource(tensors, tag), other, "receiving")
+            return self._named(other.recv(tensors, source, tag), other, f"receiving from rank {source}")
         result, tensor = Work(tensors), tensors[0].detach()
         whole = tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -182,13 +194,16 @@ class Operations:
         results: list[Tensor] | None = None,
     ) -> Any:  # fmt: skip
         if other := self._other(tensors, name):
-            return getattr(other, name)(*arguments)
+            return self._named(getattr(other, name)(*arguments), other, name)
         result = Work(tensors if results is None else results)
         if opts is not None and opts.asyncOp:
             self._shared.start(lambda: result.run(work))
         else:
             self._shared.run(lambda: result.run(work))
         return result
+
+    def _named(self, work: Any, other: dist.ProcessGroup, what: str) -> Any:
+        return FarWork(work, self._hosts.far, what) if self._hosts and other is self._hosts.gloo else work
 
     def _other(self, tensors: list[Tensor], name: str = "") -> dist.ProcessGroup | None:
         """Who does it instead: NCCL for tensors on a GPU, from the first of them on; Gloo between hosts."""
@@ -217,5 +232,8 @@ class Operations:
         if sizes:
             return whole.split_with_sizes(sizes)
         if whole.shape[0] % self._size:
-            raise UsageError(f"{whole.shape[0]} rows cannot be split equally between {self._size} ranks")
+            raise UsageError(
+                f"{whole.shape[0]} rows cannot be split equally between {self._size} ranks",
+                remedy="Give the sizes of all parts, or a number of rows that the ranks divide.",
+            )
         return whole.tensor_split(self._size)

@@ -41,7 +41,7 @@ def reduction(opts: Any, tensor: Tensor) -> tuple[str, Any]:
 @contextlib.contextmanager
 def in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor if it lies in one piece, else a copy that is copied back."""
-    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    real = _real(tensor)
     if real.is_contiguous():
         yield real
     else:
@@ -58,5 +58,11 @@ def each_in_one_piece(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def sent(tensor: Tensor, factor: Any = None) -> Tensor:
     """What is sent: in one piece, and multiplied if need be."""
-    real = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).contiguous()
+    real = _real(tensor).contiguous()
     return real if factor is None else real * factor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise UsageError(f"a tensor of {tensor.layout} cannot be sent", remedy="Use tensor.to_dense().")
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()

@@ -11,9 +11,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tricorn.comm.backend.hosts import lost
 from tricorn.errors import PeerLost
 
 _FOREVER = timedelta(0)
+
+
+class FarWork(dist.Work):
+    """An operation over Gloo, which names addresses: an error names ``far``, the ranks of other hosts, and ``what``."""
+
+    def __init__(self, inner: dist.Work, far: str, what: str) -> None:
+        super().__init__()
+        self._inner, self._far, self._what = inner, far, what
+        for name in ("is_completed", "is_success", "exception", "result", "source_rank", "_source_rank", "get_future"):
+            setattr(self, name, getattr(inner, name))
+
+    def wait(self, timeout: timedelta = _FOREVER) -> bool:
+        """As of the operation; raises PeerLost."""
+        try:
+            return self._inner.wait(timeout)
+        except RuntimeError as error:
+            raise PeerLost(lost(self._far, self._what, error)) from error
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def block_current_stream(self) -> None:
+        self.wait()
 
 
 class Work(dist.Work):
@@ -56,7 +80,9 @@ class Work(dist.Work):
         """Block until it is done; raise what it raised, or PeerLost after the timeout (0: that of the group)."""
         seconds = timeout.total_seconds()
         if not self._running.acquire(timeout=seconds if seconds > 0 else -1):
-            raise PeerLost(f"the operation was not over after {seconds:g} s")
+            raise PeerLost(
+                f"the operation was not over after {seconds:g} s", remedy="Wait for longer, or without a limit."
+            )
         self._running.release()
         if self._error is not None:
             raise self._error

@@ -23,13 +23,13 @@ assert rules  # imported for what it registers
 _SPREADS = "_tricorn_spreads"
 
 
-def apply(module: nn.Module, splits: Splits, group: Group) -> None:
+def apply(module: nn.Module, splits: Splits, group: Group) -> Team:
     """Keep this shard's part of each parameter that is split. ``group`` are the shards, as many as ``splits`` is for.
 
     ``module`` is the model, or a part of it whose parameters have the names that the model gives them. They stay the
     same objects. In training its output may be a split tensor; otherwise it is made whole, and so it is where
     ``module.last`` is false, as of a pipeline's stage that another follows. Called again, with a group of the same
-    size and rank, it only changes the group.
+    size and rank, it only changes the group. Returns what its layers talk to the other shards by.
     """
     assert group.size == splits.shards
     team = Team(group)
@@ -52,6 +52,7 @@ def apply(module: nn.Module, splits: Splits, group: Group) -> None:
             vars(each)[_SPREADS] = {name: spreads[id(each._parameters[name])] for name in names}
     if spreads and _whole_output not in module._forward_hooks.values():
         module.register_forward_hook(_whole_output)
+    return team
 
 
 @cache

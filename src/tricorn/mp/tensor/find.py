@@ -51,7 +51,10 @@ def find(model: nn.Module, inputs: Any, shards: int, *, large: int = LARGE) -> S
         for name, (dim, blocks) in follow.roles.items()
     }
     reasons = {name: reason for name, reason in {**follow.refused, **stopped}.items() if name not in parts}
-    return Splits(model=type(model).__name__, shards=shards, of=parts, whole=reasons)
+    return Splits(
+        model=type(model).__name__, shards=shards, of=parts, whole=reasons, sums=tuple(rehearsal.to_sum),
+        gathers=tuple(rehearsal.to_gather),
+    )  # fmt: skip
 
 
 def _run(model: nn.Module, inputs: Any, follow: Follow) -> None:

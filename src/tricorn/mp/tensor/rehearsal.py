@@ -9,6 +9,8 @@ from torch import Tensor
 from tricorn.mp.tensor.cut import Blocks, length_of
 from tricorn.mp.tensor.team import Team
 
+_NOTED = "tricorn_noted"
+
 
 class Rehearsal(Team):
     """A shard that has everything, and takes notes."""
@@ -18,22 +20,30 @@ class Rehearsal(Team):
         self.gathered_outputs = frozenset(gathered)
         self.stops: dict[str, str] = {}
         self.arranged: dict[str, tuple[int, ...]] = {}
+        self.to_sum: list[int] = []  # bytes of each value that shards would sum, forward or backward
+        self.to_gather: list[int] = []
         self._large, self._sizes = large, sizes
 
     def is_large(self, name: str) -> bool:
         return self._sizes[name] >= self._large
 
     def shared(self, whole: Tensor) -> Tensor:
+        if whole.requires_grad and vars(whole).get(_NOTED) != whole._version:
+            self.to_sum.append(whole.nbytes)
+            if not whole.is_leaf:  # whose gradients are added up before they are summed
+                vars(whole)[_NOTED] = whole._version
         return whole
 
     def slice(self, whole: Tensor, dim: int, blocks: Blocks) -> Tensor:
+        self.to_gather += [whole.nbytes] * whole.requires_grad
         return whole
 
     def gathered(self, part: Tensor, dim: int, blocks: Blocks) -> Tensor:
+        self.to_gather.append(part.nbytes)
         return part.clone()
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        pass
+        self.to_sum.append(tensor.nbytes)
 
     def stopped(self, origins: frozenset[str], why: str, *, sliced: bool = False) -> None:
         for name in origins:

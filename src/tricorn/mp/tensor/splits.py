@@ -22,12 +22,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """``of`` the parameters that are split, by name; ``whole``, why other layers' weights are not."""
+    """``of`` the parameters that are split, by name; ``whole``, why other layers' weights are not.
+
+    ``sums`` and ``gathers``: bytes of each value that shards exchange in a step with the samples that were looked at.
+    """
 
     model: str
     shards: int
     of: Mapping[str, Part] = field(default_factory=dict)
     whole: Mapping[str, str] = field(default_factory=dict)
+    sums: tuple[int, ...] = ()
+    gathers: tuple[int, ...] = ()
 
     def refusal(self) -> str | None:
         """Why the model cannot be split among so many shards, and what would have to change; None if it can."""

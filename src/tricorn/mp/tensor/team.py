@@ -7,6 +7,7 @@ and its gradient too. Each way from one to the other has its exchange, forward o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Team:
-    """This shard among the others. Every method but ``narrow`` is called by all shards in the same order."""
+    """This shard among the others. Every method but ``narrow`` is called by all shards in the same order.
+
+    ``waited``: seconds spent on exchanging.
+    """
 
     shard: int | None
 
@@ -29,6 +33,7 @@ class Team:
         self.shards = group.size
         self._group = group
         self.gathered_outputs: frozenset[str] = frozenset()
+        self.waited = 0.0
 
     def ranges(self, blocks: Blocks) -> tuple[tuple[int, int], ...]:
         """The indices [start, stop) of this shard's part of a dimension."""
@@ -85,7 +90,9 @@ class Team:
             edges.append(edges[-1] + sum(stop - start for start, stop in own) * row)
         assert self.shard is not None
         flat[edges[self.shard] : edges[self.shard + 1]] = ordered.flatten()
+        began = time.perf_counter()
         self._group.all_gather(flat, edges).wait()
+        self.waited += time.perf_counter() - began
         rows, starts = flat.view(length_of(blocks), *ordered.shape[1:]), []
         for own, start in zip(ranges, edges, strict=False):
             at = start // max(row, 1)
@@ -110,7 +117,9 @@ class Team:
         """Hear that a dimension is taken apart in other lengths than those of its blocks."""
 
     def _all_reduce(self, tensor: Tensor) -> None:
+        began = time.perf_counter()
         self._group.all_reduce_now(tensor)
+        self.waited += time.perf_counter() - began
 
     def _sharing(self, whole: Tensor) -> Tensor:
         # A view in all but name: a true one would keep ``whole`` alive, which keeps it.

@@ -56,13 +56,23 @@ def unique(ids_N: Ids) -> tuple[Ids, Ids]:
 
 
 @kernel
+def sum_runs(inverse_N: Ids, numbers: NDArray[Any], run: int, stride: int, out_UD: NDArray[Any]) -> None:
+    """As ``sum_rows``, of rows that lie in runs of ``run``; each run begins ``stride`` numbers after the one before."""
+    D = out_UD.shape[1]
+    out_UD[:] = 0
+    for first in range(0, len(inverse_N), run):
+        at = first // run * stride
+        for n in range(first, min(first + run, len(inverse_N))):
+            out_D, grad_D = out_UD[inverse_N[n]], numbers[at : at + D]
+            for d in range(len(out_D)):
+                out_D[d] += grad_D[d]
+            at += D
+
+
+@kernel
 def sum_rows(inverse_N: Ids, grads_ND: NDArray[Any], out_UD: NDArray[Any]) -> None:
     """Fill ``out_UD`` with the sums of the rows that belong together, always added in the order of N."""
-    out_UD[:] = 0
-    for n in range(len(inverse_N)):
-        out_D, grad_D = out_UD[inverse_N[n]], grads_ND[n]
-        for d in range(len(out_D)):
-            out_D[d] += grad_D[d]
+    sum_runs(inverse_N, grads_ND.reshape(-1), max(1, len(inverse_N)), 0, out_UD)
 
 
 @kernel

@@ -87,7 +87,7 @@ def checked(spec: TableSpec, ids_U: Ids, rows_UD: NDArray[Any]) -> Ids:
 
 def plain(array: NDArray[Any]) -> NDArray[Any]:
     """The array, or a copy that lies and may be used as the kernels are compiled for."""
-    return np.require(array, requirements=["C", "A", "W"])
+    return array if array.flags.carray else np.require(array, requirements=["C", "A", "W"])
 
 
 def foreign(spec: TableSpec, id: int) -> ProtocolError:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from tricorn.optim import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad
-from tricorn.ps.sparse.ids import split, sum_rows, unique
+from tricorn.ps.sparse.ids import split, sum_rows, sum_runs, unique
 from tricorn.ps.sparse.initial import initial_rows
 from tricorn.ps.sparse.spec import BUCKETS, TableSpec
 from tricorn.ps.sparse.store import SparseTable
@@ -25,7 +25,9 @@ def warm_up() -> None:
     split(ids_U, np.array([BUCKETS]))
     for dtype in _DTYPES:
         rows_UD = np.zeros((len(ids_U), 2), dtype)
-        sum_rows(inverse_N, initial_rows(0, "", ids_N, 1.0, 2, dtype), rows_UD)
+        grads_ND = initial_rows(0, "", ids_N, 1.0, 2, dtype)
+        sum_rows(inverse_N, grads_ND, rows_UD)
+        sum_runs(inverse_N, grads_ND.reshape(-1), 1, 2, rows_UD)
         for optimizer in _OPTIMIZERS:
             table = SparseTable(TableSpec("", 2, dtype, 0, Table(admit=2, ttl=1), optimizer, (0, BUCKETS)))
             for step in (1, 2):

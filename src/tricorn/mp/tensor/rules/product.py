@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tricorn.mp.tensor.cut import same
+from tricorn.mp.tensor.cut import length_of, same
 from tricorn.mp.tensor.rules.operand import beside, from_end, made_of, part_of, splits_in, unsplit
 from tricorn.mp.tensor.split import Call, Split, rule, shape_of
 
@@ -151,6 +151,8 @@ def embedding(function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return F.embedding(rows, weight, given.get("padding_idx"))
     start, stop = team.ranges(blocks)[0]
     padding = given.get("padding_idx")
+    if padding is not None and padding < 0:  # counted from the end
+        padding += length_of(blocks)
     own = padding - start if padding is not None and start <= padding < stop else None
     # The first and the last shard look for what is below and above all rows too, which is the user's mistake.
     elsewhere = rows < start if team.shard else torch.zeros_like(rows, dtype=torch.bool)

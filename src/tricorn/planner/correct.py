@@ -1,0 +1,100 @@
+"""What runs teach: by how many times computing, making batches and exchanging took as long as was predicted. Pure.
+
+Computing is kept by crowd (how many workers with how many threads each), exchanging by the plan's way and the numbers
+of its roles. What was not seen itself goes by what was seen of its kind; another way of exchanging by what computing
+and exchanging have in common, as on a machine that is slower than it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import exp, log
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tricorn.plan import Plan
+from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
+
+if TYPE_CHECKING:
+    from tricorn.planner.ground import Ground
+
+DOUBT = 20.0  # steps that a profile is worth, beside those of runs
+MEMORY = 2000.0  # steps of earlier runs that a later one is weighed against at most
+FURTHEST = 50.0  # times: what is further off is some accident
+BESIDES = (UPDATE, EXCHANGE, WIRE, IDLE)  # all that a run can tell from computing and batches only as a whole
+
+
+class Factor(msgspec.Struct, frozen=True):
+    """So many ``times`` what was predicted, seen in so many ``steps``."""
+
+    times: float
+    steps: float
+
+
+Seen = dict[str, Factor]
+
+
+def learned(
+    seen: Mapping[str, Factor], plain: Prediction, measured: Mapping[str, float], steps: float, ground: Ground
+) -> Seen:
+    """What is known once a run has ``measured`` seconds of a step by term (report/compare.py) in so many steps.
+
+    ``plain`` is what was predicted of its plan without anything seen.
+    """
+    found = dict(seen)
+    keys = _keys(plain.plan, ground)
+    besides = measured.get("exchange", 0.0) + measured.get("waiting", 0.0)
+    told = {DATA: measured.get("data"), COMPUTE: measured.get("compute"), EXCHANGE: besides}
+    expected = {term: plain.terms.get(term, 0.0) for term in (DATA, COMPUTE)}
+    expected[EXCHANGE] = sum(plain.terms.get(term, 0.0) for term in BESIDES)
+    if told[COMPUTE] is None:  # then it is in the rest
+        expected[EXCHANGE] += expected[COMPUTE]
+    for term, seconds in told.items():
+        if seconds is None or expected[term] <= 0:
+            continue
+        times = min(max(seconds / expected[term], 1 / FURTHEST), FURTHEST)
+        old = found.get(keys[term], Factor(1.0, DOUBT))
+        before = min(old.steps, MEMORY)
+        mean = (before * log(old.times) + steps * log(times)) / (before + steps)
+        found[keys[term]] = Factor(exp(mean), before + steps)
+    return found
+
+
+def corrected(prediction: Prediction, ground: Ground) -> Prediction:
+    """The prediction, with what runs have taught. Of links between other hosts runs on this machine say nothing."""
+    seen = ground.seen
+    if not seen:
+        return prediction
+    times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
+    besides = 1.0 if ground.cluster.described else times[EXCHANGE]
+    by_term = {COMPUTE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, besides)
+    terms = {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
+    return msgspec.structs.replace(prediction, terms=terms)
+
+
+def _keys(plan: Plan, ground: Ground) -> dict[str, str]:
+    """Under what each term is kept: its kind, and after the last slash what it is of."""
+    workers, threads = ground.places(plan)[0].count(0), ground.threads(plan, 0)
+    rows = "rows " if plan.served and ground.profile.tables else ""
+    way = f"{plan.strategy} {plan.consistency} {plan.zero} {plan.embeddings} {plan.compress} {plan.local_steps}"
+    size = f"{plan.workers} {plan.servers} {plan.replicas} {plan.tensor} {plan.schedule} {plan.microbatches}"
+    return {COMPUTE: f"compute/{rows}{workers}x{threads}", DATA: "data/", EXCHANGE: f"exchange/{way}/{size}"}
+
+
+def _times(seen: Mapping[str, Factor], key: str) -> float:
+    """The factor of that key, or else the mean of its kind, or of exchanging in another way what all have in common."""
+    if key in seen:
+        return seen[key].times
+    mean = _mean(seen, key.rpartition("/")[0] + "/")
+    if mean is None and key.startswith("exchange/"):
+        both = [_mean(seen, kind) or 1.0 for kind in ("compute/", "exchange/")]
+        mean = min(both) if min(both) > 1 else max(both) if max(both) < 1 else 1.0
+    return mean or 1.0
+
+
+def _mean(seen: Mapping[str, Factor], kind: str) -> float | None:
+    """Of all factors of a kind, by steps; None if there is none."""
+    alike = [factor for key, factor in seen.items() if key.startswith(kind)]
+    steps = sum(factor.steps for factor in alike)
+    return exp(sum(factor.steps * log(factor.times) for factor in alike) / steps) if steps else None

@@ -1,0 +1,30 @@
+"""How many cores this process may use."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+from tricorn.state.memory import groups
+
+
+def usable(root: Path = Path("/")) -> int:
+    """Those that it may run on, but no more than the quotas of its control groups (v1 and v2) come to; at least one.
+
+    ``root`` is where the machine's files are looked for.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *(ceil(quota) for quota in _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    for folder in groups(root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            quota, period = (int(value) for value in (folder / "cpu.max").read_text().split())
+            yield quota / period
+        with contextlib.suppress(OSError, ValueError):
+            if (quota := int((folder / "cpu.cfs_quota_us").read_text())) > 0:
+                yield quota / int((folder / "cpu.cfs_period_us").read_text())

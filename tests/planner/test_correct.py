@@ -1,0 +1,142 @@
+"""What a run measures corrects the predictions of its job, term by term, by how much was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from tricorn.plan import Plan
+from tricorn.planner.correct import Factor, corrected, learned
+from tricorn.planner.ground import Ground
+from tricorn.planner.prediction import Prediction
+from tricorn.planner.search import predicted
+
+from .world import apart, ground, machine, profile, recommender
+
+TWO = Plan(strategy="dp", workers=2)
+
+
+def of(plan: Plan, on: Ground) -> Prediction:
+    found = predicted(plan, on)
+    assert isinstance(found, Prediction)
+    return found
+
+
+def measured(plan: Plan, on: Ground, compute: float = 1.0, data: float = 1.0, besides: float = 1.0) -> dict[str, float]:
+    """What a run says in which terms take so many times as long as is predicted."""
+    terms = of(plan, on).terms
+    rest = sum(value for term, value in terms.items() if term not in ("compute", "data"))
+    found = {"compute": compute * terms["compute"], "data": data * terms["data"], "waiting": 0.25 * rest * besides}
+    found["exchange"] = 0.75 * rest * besides
+    return {"step": sum(found.values()), **found}
+
+
+def after(plan: Plan, on: Ground, said: dict[str, float], steps: float) -> Ground:
+    return replace(on, seen=learned(on.seen, of(plan, replace(on, seen={})), said, steps, on))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        TWO,
+        Plan(strategy="dp", workers=1),
+        Plan(strategy="ps", workers=2, servers=1),
+        Plan(strategy="ps", workers=2, servers=1, consistency="asp"),
+        Plan(strategy="mp", workers=2, microbatches=4),
+    ],
+    ids=lambda plan: f"{plan.strategy}{plan.workers}{plan.consistency}",
+)
+def test_the_next_prediction_is_what_was_seen(plan: Plan) -> None:
+    on = ground(recommender() if plan.served else profile())
+    said = measured(plan, on, compute=1.7, data=3.0, besides=0.4)
+    taught = of(plan, after(plan, on, said, 10_000))
+    assert taught.seconds == pytest.approx(said["step"], rel=0.01)
+    assert taught.terms["compute"] == pytest.approx(said["compute"], rel=0.01)
+    assert taught.terms["data"] == pytest.approx(said["data"], rel=0.01)
+
+
+def test_a_few_steps_teach_little_and_many_steps_all() -> None:
+    on = ground()
+    said = measured(TWO, on, compute=2.0)
+    plain = of(TWO, on).terms["compute"]
+    times = [of(TWO, after(TWO, on, said, steps)).terms["compute"] / plain for steps in (1, 20, 2000)]
+    assert times == sorted(times)
+    assert times[0] < 1.05
+    assert times[1] == pytest.approx(2**0.5)
+    assert times[2] > 1.98
+
+
+def test_what_has_changed_since_is_learned_anew() -> None:
+    on = ground()
+    slow = after(TWO, on, measured(TWO, on, compute=3.0), 1_000_000)
+    fast = after(TWO, slow, measured(TWO, on, compute=1.0), 20_000)
+    assert of(TWO, fast).terms["compute"] == pytest.approx(of(TWO, on).terms["compute"], rel=0.15)
+
+
+def test_the_same_run_again_changes_nothing() -> None:
+    on = ground()
+    said = measured(TWO, on, compute=1.5, besides=2.0)
+    once = after(TWO, on, said, 100_000)
+    again = after(TWO, once, said, 100_000)
+    assert of(TWO, again).seconds == pytest.approx(of(TWO, once).seconds, rel=0.001)
+
+
+def test_computing_is_the_jobs_and_exchanging_is_the_ways() -> None:
+    on = ground()
+    four, served = Plan(strategy="dp", workers=4), Plan(strategy="ps", workers=2, servers=1)
+    taught = after(TWO, on, measured(TWO, on, compute=0.5, besides=5.0), 100_000)
+    assert of(four, taught).terms["exchange"] == pytest.approx(5 * of(four, on).terms["exchange"], rel=0.01)
+    for plan in (four, served):
+        assert of(plan, taught).terms["compute"] == pytest.approx(0.5 * of(plan, on).terms["compute"], rel=0.01)
+    assert of(served, taught).terms["exchange"] == pytest.approx(of(served, on).terms["exchange"])
+
+
+@pytest.mark.parametrize(("compute", "besides", "common"), [(2, 5, 2), (5, 2, 2), (0.5, 0.2, 0.5), (2, 0.5, 1)])
+def test_a_slower_machine_is_slower_at_what_was_not_seen_too(compute: float, besides: float, common: float) -> None:
+    on, served = ground(), Plan(strategy="ps", workers=2, servers=1)
+    taught = after(TWO, on, measured(TWO, on, compute=compute, besides=besides), 100_000)
+    assert of(served, taught).terms["exchange"] == pytest.approx(common * of(served, on).terms["exchange"], rel=0.01)
+
+
+def test_threads_are_a_crowd_of_their_own() -> None:
+    on = ground()
+    narrow, wide = Plan(strategy="dp", workers=2, threads=1), Plan(strategy="dp", workers=2, threads=2)
+    taught = after(narrow, on, measured(narrow, on, compute=2.0), 100_000)
+    taught = after(wide, taught, measured(wide, on, compute=1.0), 100_000)
+    times = [of(plan, taught).terms["compute"] / of(plan, on).terms["compute"] for plan in (narrow, wide)]
+    assert times == pytest.approx([2.0, 1.0], rel=0.01)
+
+
+def test_runs_here_say_nothing_of_links_elsewhere() -> None:
+    here, there = ground(cluster=machine()), ground(cluster=apart(2))
+    taught = after(TWO, here, measured(TWO, here, compute=2.0, besides=5.0), 100_000)
+    away = replace(there, seen=taught.seen)
+    assert of(TWO, away).terms["wire"] == of(TWO, there).terms["wire"]
+    assert of(TWO, away).terms["compute"] > 1.9 * of(TWO, there).terms["compute"]
+
+
+def test_a_trainer_that_does_not_tell_its_computing_teaches_the_rest() -> None:
+    on = ground()
+    said = measured(TWO, on, besides=1.0)
+    said["exchange"] += said.pop("compute")
+    taught = of(TWO, after(TWO, on, said, 100_000))
+    assert taught.seconds == pytest.approx(of(TWO, on).seconds, rel=0.01)
+
+
+def test_an_accident_is_bounded() -> None:
+    on = ground()
+    seen = after(TWO, on, measured(TWO, on, compute=1e9), 10**6).seen
+    assert max(factor.times for factor in seen.values()) <= 50
+
+
+def test_what_was_seen_can_be_kept() -> None:
+    seen = {"data/": Factor(2.0, 30.0)}
+    assert msgspec.json.decode(msgspec.json.encode(seen), type=dict[str, Factor]) == seen
+
+
+def test_nothing_seen_is_nothing_changed() -> None:
+    on = ground()
+    prediction = of(TWO, on)
+    assert corrected(prediction, on) is prediction
