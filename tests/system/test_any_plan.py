@@ -16,13 +16,13 @@ from tricorn.data.order import step_range
 
 from . import harness, jobs
 
-PLANS = {
+PLANS = {  # what a run that goes on under the same strategy would keep is said
     "single": ["--strategy", "dp", "--workers", "1"],
     "dp2": ["--strategy", "dp", "--workers", "2"],
     "zero3 x 2": ["--strategy", "dp", "--workers", "2", "--zero", "3"],
-    "pp2": ["--strategy", "mp", "--workers", "2"],
-    "tp2": ["--strategy", "mp", "--workers", "2", "--tensor", "2"],
-    "dp2 x pp2": ["--strategy", "mp", "--workers", "4", "--replicas", "2"],
+    "pp2": ["--strategy", "mp", "--workers", "2", "--replicas", "1", "--tensor", "1"],
+    "tp2": ["--strategy", "mp", "--workers", "2", "--replicas", "1", "--tensor", "2"],
+    "dp2 x pp2": ["--strategy", "mp", "--workers", "4", "--replicas", "2", "--tensor", "1"],
     "ps": ["--strategy", "ps", "--workers", "2", "--servers", "2"],
     "ps+dp": ["--strategy", "ps+dp", "--workers", "2", "--servers", "2"],
 }

@@ -77,7 +77,7 @@ class LocalEngine:
         return answer.job, answer.coordinator
 
     def threads(self, plan: Plan) -> int:
-        return max(1, cores.usable() // plan.workers)
+        return cores.threads(cores.usable() / self._hosts, -(-plan.workers // self._hosts))
 
     def start(self, spec: RoleSpec) -> None:
         self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host)))
@@ -86,7 +86,9 @@ class LocalEngine:
         self._say(End(role=role, incarnation=incarnation))
 
     def gone(self) -> list[Gone]:
-        while select.select([self._sock], [], [], 0)[0]:
+        news = select.poll()  # select() ends at descriptor 1023
+        news.register(self._sock, select.POLLIN)
+        while news.poll(0):
             message = self._next()
             if isinstance(message, Spawned):
                 self.pids[message.role] = message.pid

@@ -7,6 +7,7 @@ Legend: N elements of all trainable parameters together.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tricorn.job import Job
     from tricorn.optim import Optimizer
 
+_DRAWING = threading.Lock()  # models draw from the generator that all threads of a process share
 OUTER_PREFIX = "outer"  # of the slots, in a checkpoint, of an optimizer that acts on what local updates came to
 WEIGHT_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
@@ -64,8 +66,8 @@ def build_model(job: Job) -> nn.Module:
 
 def model_without_rows(job: Job) -> nn.Module:
     """As ``build_model``, but the tables that the job declares have not the rows that they begin with."""
-    torch.manual_seed(job.seed)
-    with sparing():
+    with _DRAWING, sparing():
+        torch.manual_seed(job.seed)
         model: nn.Module = job.model()
         return model.to(WEIGHT_DTYPES[job.precision]).train()
 
