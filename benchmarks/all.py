@@ -32,7 +32,11 @@ BENCHMARKS = (
 def section(name: str, quick: list[str]) -> str:
     command = [sys.executable, HERE / f"{name}.py", "--json", *quick]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result = json.loads(output.splitlines()[-1])
+    return formatted(name, quick, json.loads(output.splitlines()[-1]))
+
+
+def formatted(name: str, quick: list[str], result: dict) -> str:
+    """A section of RESULTS.md from what a benchmark gives as JSON."""
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = [
         f"## {result['question'].capitalize()}",

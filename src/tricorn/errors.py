@@ -77,7 +77,10 @@ class JobFailed(TricornError):
 
 
 class UserCodeError(JobFailed):
-    remedy = "Correct it (the traceback is in RUN/logs); `tricorn train --resume RUN` goes on from the last checkpoint."
+    remedy = (
+        "Correct it (the traceback is in RUN/logs); "
+        "`tricorn train --resume RUN` goes on from the last checkpoint, if there is one."
+    )
 
 
 class DataError(JobFailed):

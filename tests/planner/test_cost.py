@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tricorn.plan import Plan
 from tricorn.planner.cluster import FRAMED, Cluster
@@ -70,6 +71,37 @@ def test_what_is_sent_encoded_crosses_the_link_sooner() -> None:
     assert coded.seconds < plain.seconds / 2
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(strategy="dp", workers=4, compress="int8"),
+        Plan(strategy="ps", workers=3, servers=1),
+        Plan(strategy="mp", workers=4, replicas=2, microbatches=4),
+        Plan(strategy="ps+dp", workers=3, servers=1),
+        Plan(strategy="dp", workers=4, embeddings="rows"),
+    ],
+)
+def test_processors_exchange_as_slowly_as_they_compute(plan: Plan) -> None:
+    whole, half, slow = (
+        cost(plan, job=recommender(), cluster=apart(4, mbit=1e6, **host)).terms["exchange"]
+        for host in ({}, {"cores": 0.5}, {"speed": 0.25})
+    )
+    assert half == pytest.approx(2 * whole)
+    assert slow == pytest.approx(4 * whole)
+
+
+def test_one_slow_worker_exchanges_for_itself_and_one_slow_server_for_all() -> None:
+    plan = Plan(strategy="ps", workers=3, servers=1)
+    fast, worker, server = (
+        cost(plan, cluster=Cluster(hosts=tuple(
+            host for number in range(4) for host in apart(1, mbit=1e6, speed=0.25 if number == slow else 1.0).hosts
+        ), described=True)).terms["exchange"]
+        for slow in (None, 2, 3)
+    )  # fmt: skip
+    assert fast < worker < 4 * fast
+    assert fast < server < 4 * fast
+
+
 def test_local_steps_share_one_exchange() -> None:
     each, rarely = (
         cost(Plan(strategy="dp", workers=2, local_steps=steps), cluster=apart(2, mbit=100)) for steps in (1, 16)
@@ -115,6 +147,28 @@ def test_tables_beside_a_dense_part_cost_its_exchange_and_their_rows() -> None:
         found = cost(plan, job=job)
         assert found.seconds < cost(Plan(strategy="dp", workers=2), job=job).seconds
     assert isinstance(predicted(Plan(strategy="ps+dp", workers=2, servers=1), ground()), str)  # has no tables
+
+
+def test_one_table_is_whole_in_one_worker() -> None:
+    job, size = recommender(), 1_000_000 * 16 * 4 * 2  # with Adagrad's slot
+    rows, tables = (
+        cost(Plan(strategy="dp", workers=4, embeddings=how), job=job, cluster=apart(4, mbit=100))
+        for how in ("rows", "tables")
+    )
+    assert tables.memory["worker"] - rows.memory["worker"] == pytest.approx(2 * size * 3 / 4)  # and its copy to save
+    read = (
+        4 * 100 * 16 * 4
+    )  # bytes of rows; of them three quarters leave the worker that has all, and not a quarter of it
+    assert tables.terms["wire"] - rows.terms["wire"] == pytest.approx(2 * read * (3 / 4 - 3 / 16) / LINK)
+    assert tables.terms["exchange"] > rows.terms["exchange"]
+
+
+def test_rows_that_are_new_to_a_run_cost_more() -> None:
+    long, short = (
+        cost(Plan(strategy="ps", workers=2, servers=1), job=replace(recommender(), epochs=epochs)) for epochs in (50, 1)
+    )
+    assert recommender().new_rows == pytest.approx(32_100 / 350 / 300, rel=0.1)
+    assert short.terms["exchange"] > long.terms["exchange"]
 
 
 def test_a_pipeline_idles_less_with_more_microbatches_until_they_cost_more_than_they_save() -> None:

@@ -19,7 +19,7 @@ from tricorn.planner.beside import beside
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.load import Quiet
 from tricorn.planner.profiler import crowds, profile, shares
-from tricorn.planner.rehearse import Found, chain, rehearse, rows
+from tricorn.planner.rehearse import Found, Read, chain, rehearse, rows
 from tricorn.planner.sweep import collectives
 
 SAMPLES = 64
@@ -131,8 +131,12 @@ def test_the_ids_of_a_table_are_counted() -> None:
     found = profile(recommender, "recommender", 1, str)
     (table,) = found.tables
     assert (table.name, table.rows, table.dim) == ("rows", 50, 8)
-    assert table.unique == ((4, 8.0), (8, 16.0), (16, 20.0))
+    assert table.unique[:3] == ((4, 8.0), (8, 16.0), (16, 20.0))
+    assert table.unique[-1] == (64, 20.0)
+    assert found.new_rows == 20 / (20 * found.steps * found.epochs)
     assert set(found.compute) == {"1x1", "rows 1x1"}
+    assert set(found.rows) == {f"{kind}/{way}/1" for kind in ("known", "new") for way in ("ps", "asp", "served")}
+    assert all(point.seconds > 0 for curve in found.rows.values() for point in curve.points)
 
 
 def test_what_a_fork_raises_is_raised_here() -> None:
@@ -179,8 +183,10 @@ def _judge(found: Found) -> None:
 
 
 def test_a_rehearsal_reads_rows() -> None:
-    (found,) = rehearse([rows(64)], Plan(strategy="ps", workers=1, servers=1), [4])
+    plan = Plan(strategy="ps", workers=1, servers=1)
+    (found,) = rehearse([rows([Read(500, 8, 64), Read(20, 4, 7)], plan, tricorn.optim.Adagrad(lr=0.0))], plan, [8])
     assert 0 < found.step.seconds < 2
+    assert 0 < found.first.seconds < 2
 
 
 @pytest.mark.parametrize("apart", [False, True])

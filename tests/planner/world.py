@@ -30,8 +30,6 @@ def links() -> Links:
             curves[f"exchange/zero{zero}/{workers}"] = line(fixed * (1 + zero), 3e-10 * (1 + zero))
         curves[f"exchange/ps/{workers}"] = line(2 * fixed, 6e-10 * workers)
         curves[f"exchange/asp/{workers}"] = line(fixed / workers, 6e-10)
-        for way, times in (("ps", 2), ("asp", 1), ("served", 2), ("spread", 3)):
-            curves[f"rows/{way}/{workers}"] = line(2 * times * fixed, 2e-9)
         curves[f"exchange/mp/{workers}"] = line(1e-3, 4e-4, (1, 8))
         for way, each in (("shared", 3e-10), ("tcp", 1e-9)):
             for operation in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"):
@@ -69,7 +67,16 @@ def recommender(rows: int = 1_000_000) -> Profile:
     table = TableUse(name="rows", rows=rows, dim=16, unique=((16, 100.0), (32, 190.0), (64, 350.0)))
     small = {f"rows {key}": line(5e-4, 2e-5, (4, 16, 64)) for key in plain.compute}
     return profile(elements=rows * 16 + 50_000, batch=0.03, tables=(table,), compute=plain.compute | small, slots=1,
-                   optimizer="Adagrad")  # fmt: skip
+                   optimizer="Adagrad", rows=reading())  # fmt: skip
+
+
+def reading() -> dict[str, Curve]:
+    """Of rows: new ones take twice as long."""
+    ways = (("ps", 2), ("asp", 1), ("served", 2), ("spread", 3))
+    return {
+        f"{kind}/{way}/{workers}": line(2 * times * (2e-4 + 1e-4 * workers), each)
+        for way, times in ways for workers in (1, 2, 4) for kind, each in (("known", 2e-9), ("new", 4e-9))
+    }  # fmt: skip
 
 
 def machine(memory: int = 16 * GB) -> Cluster:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tricorn import optim
+from tricorn.errors import JobFailed
 from tricorn.job import Job
 from tricorn.state.flat import build_model
 from tricorn.state.gradient import forward, forward_backward, placed, squared_norm
@@ -44,6 +45,27 @@ def test_a_share_that_counts_for_nothing_adds_nothing() -> None:
     assert forward_backward(job, model, Batch(None, None, 0, 0)) == 0.0
     assert forward_backward(job, model, Batch(torch.zeros(1, 3), torch.zeros(1, 2), 1, 0)) == 0.0
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_is_a_sum_is_refused() -> None:
+    inputs, target = torch.randn(7, 3), torch.randn(7, 2)
+    job = make_job(loss=lambda output, target: (output - target).square().sum())
+    with pytest.raises(JobFailed, match="is a sum over the samples") as raised:
+        forward_backward(job, build_model(job), Batch(inputs, target, 7, 7))
+    assert "reduction=" in raised.value.remedy
+
+
+def test_whether_a_loss_is_a_mean_is_found_out_without_drawing_a_number() -> None:
+    def noisy(output, target):
+        return (output + torch.rand(()) - target).square().mean()
+
+    job = make_job(loss=noisy)
+    batch = Batch(torch.randn(7, 3), torch.randn(7, 2), 7, 7)
+    found = []
+    for _ in range(2):  # it is judged in the first
+        found.append((forward_backward(job, build_model(job), batch), torch.get_rng_state()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_values_take_the_precision_of_the_weights_and_keep_their_structure() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tricorn
+from tricorn.errors import JobFailed
 from tricorn.worker.batches import Batches
 from tricorn.worker.evaluation import Judge, evaluate
 from tricorn.worker.loop import Regrouping
@@ -129,3 +130,9 @@ def test_evaluation_takes_the_data_in_its_own_order():
     assert torch.equal(Batches(job).evaluation(3, 9).inputs, X[3:9])
     assert Batches(job).evaluation_samples == 23
     assert Batches(make_job(evaluate=None, metrics={})).evaluation_samples == 0
+
+
+def test_a_metric_that_is_no_number_is_named():
+    job = make_job(metrics={"hits": lambda output, target: output.argmax(1) == target})
+    with pytest.raises(JobFailed, match=r"metrics\['hits'\] gives a Tensor of shape \(5,\) instead of one number"):
+        judged(job)

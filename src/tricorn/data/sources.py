@@ -172,7 +172,10 @@ def _named(inputs: Any, target: Any) -> Iterator[tuple[str, Any]]:
 def _form(item: Any) -> dict[str, str]:
     """The shape and type of each tensor of an item. Raises TypeError if it is no item."""
     if not isinstance(item, tuple | list):
-        raise TypeError(f"it is a {type(item).__name__} instead of (inputs, target)")
+        raise TypeError(
+            f"it is a {type(item).__name__} instead of (inputs, target); "
+            "whole arrays or tensors are given as tricorn.data.arrays(inputs, target)"
+        )
     if len(item) != 2:
         raise TypeError(f"it is a {type(item).__name__} of {len(item)} values instead of (inputs, target)")
     return {name: _form_of(name, value) for name, value in _named(*item)}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tricorn.dp.watching import watch
 from tricorn.errors import PlanError
 from tricorn.state.flat import trained_parameters
 
@@ -93,8 +94,7 @@ class GradientSum:
         self._filled: list[str] = []  # in the order of the last backward
         self._arrange()
         for _, parameter in trained_parameters(state.module):
-            register: Callable[..., object] = parameter.register_post_accumulate_grad_hook
-            register(self._fill)
+            watch(parameter, self._fill)
 
     def agree(self, group: Group, source: int, *, filled: bool) -> None:
         """Lay the parameters out as rank ``source`` has them, or as its last backward has ``filled`` them."""

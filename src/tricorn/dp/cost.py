@@ -55,7 +55,7 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     h = ground.spread(plan)
     if h == 1:
         exchange, moved = ground.exchanging(f"zero{plan.zero}" if plan.zero and p > 1 else "dp", p, n)
-        wire = 0.0
+        exchange, wire = exchange * ground.slowest(hosts), 0.0
     else:
         exchange, wire, moved = _between_hosts(plan, ground, n, sum(computing) / p)
     part = n / p if plan.zero or h == 1 else n  # workers of one host hold the state once
@@ -89,7 +89,7 @@ def _between_hosts(plan: Plan, ground: Ground, n: float, computing: float) -> tu
     wire = ground.wire(_over_link(plan, n, h), sorted(set(hosts)), 2 * (h - 1))
     buckets = max(1, int(part // BUCKET))
     hidden = 0.0 if plan.local_steps > 1 else min(wire, ground.profile.backward * computing) * (1 - 1 / buckets)
-    return alone + software + coding, wire - hidden, scatter
+    return (alone + software + coding) * ground.slowest(hosts), wire - hidden, scatter
 
 
 def _over_link(plan: Plan, n: float, h: int) -> float:

@@ -9,14 +9,14 @@ Legend: N elements of all trained parameters together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tricorn.dp.in_place import InPlace
 from tricorn.dp.shared_state import SharedState
+from tricorn.dp.watching import watch
 from tricorn.errors import PeerLost
 from tricorn.state.flat import trained_parameters
 
@@ -48,8 +48,7 @@ class DirectSum:
         self._hooks = []
         for parameter in self._places:
             parameter.grad = None
-            register: Callable[..., torch.utils.hooks.RemovableHandle] = parameter.register_post_accumulate_grad_hook
-            self._hooks.append(register(self._take))
+            self._hooks.append(watch(parameter, self._take))
         self._linear = InPlace(state.module, self)
 
     def begin(self) -> None:

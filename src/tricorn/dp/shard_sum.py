@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from tricorn.dp.watching import watch
 from tricorn.errors import PlanError
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class ShardSum:
             for number, parameter in enumerate(unit.parameters):
                 parameter.grad = None
                 self._places[parameter] = place, number
-                register: Callable[..., object] = parameter.register_post_accumulate_grad_hook
-                register(self._fill)
+                watch(parameter, self._fill)
 
     def begin(self, group: Group) -> None:
         self._group = group

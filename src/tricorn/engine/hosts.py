@@ -97,7 +97,7 @@ class HostsEngine:
         return facts, coordinator
 
     def threads(self, plan: Plan) -> int:
-        return self._engines[0].threads(plan)  # the hosts share the machine's cores
+        return self._engines[0].threads(plan)  # hosts are alike
 
     def start(self, spec: RoleSpec) -> None:
         host = self._placement.host(spec.role, spec.plan.workers)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from tricorn.planner.prediction import EXCHANGE, UPDATE, WIRE, Prediction
+from tricorn.hybrid.division import divide
+from tricorn.mp.mesh import Mesh
+from tricorn.planner.prediction import EXCHANGE, WIRE, Prediction
+from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -56,30 +60,66 @@ class _Rows:
     """What rows add to a step: ``bytes`` of all that are read, and ``terms``."""
 
     def __init__(self, plan: Plan, ground: Ground) -> None:
-        profile, links, p = ground.profile, ground.links, plan.workers
+        profile = ground.profile
         self._plan, self._ground = plan, ground
-        readers = plan.replicas if plan.dense == "mp" else p
-        each = sum(table.ids(profile.batch_size / readers) * table.dim for table in profile.tables)
-        self.bytes = readers * each * profile.element_bytes
-        seconds = links.seconds(f"rows/{'served' if plan.served else 'spread'}", p, self.bytes)
-        seconds -= links.curve("exchange/dp", p).points[0].seconds
-        update = profile.updating(1, 1, self.bytes / (plan.servers or p))
+        self._readers, servers = _readers(plan, ground), ground.places(plan)[1]
+        self._holders = servers if plan.served else self._readers
+        m = len(self._readers)
+        read = [table.ids(profile.batch_size / m) * table.dim for table in profile.tables]
+        self.bytes = m * sum(read) * profile.element_bytes
+        if plan.served:
+            self._held = [1 / plan.servers] * plan.servers
+        else:
+            whole = sum(read) or 1.0
+            self._held = [sum(part) / whole for part in zip(*_parts_of(read, plan, ground, m), strict=True)]
+        exchange = self._exchanging()
         if plan.sparse_consistency in ("ssp", "asp"):  # read while the step before is computed
-            seconds /= 2
-        self.terms = {EXCHANGE: max(seconds, 0.0), UPDATE: update, WIRE: 2 * self._one_way()}
+            exchange /= 2
+        self.terms = {EXCHANGE: exchange, WIRE: 2 * self._one_way()}
+
+    def _exchanging(self) -> float:
+        """Seconds in which processors read and update rows."""
+        ground, m, slow = self._ground, len(self._readers), self._ground.slowest(self._readers)
+        if not self._plan.served:  # all ask, and the one that holds the most has the most to answer
+            return self._seconds("spread", m, self.bytes * (1 + m * max(self._held)) / 2) * slow
+        together = self._seconds("served", m, self.bytes)
+        alone = min(together, self._seconds("served", 1, self.bytes / m))
+        apart = len(ground.cluster.hosts) > 1  # what others add is that the servers have more to do
+        return alone * slow + (together - alone) * (ground.slowest(self._holders) if apart else slow)
+
+    def _seconds(self, way: str, m: int, n: float) -> float:
+        """Of this machine, for m workers; what they exchange besides rows is the dense part's."""
+        least = self._ground.links.curve("exchange/dp", m).points[0].seconds
+        return max(0.0, self._ground.reading(way, m, n)[0] - least)
 
     def _one_way(self) -> float:
         """Seconds in which rows, or their gradients, pass the fullest link."""
-        plan, ground = self._plan, self._ground
-        workers, servers = ground.places(plan)
-        working, holding = Counter(workers), Counter(servers or workers)
-        holders = len(servers or workers)
+        m, reading = len(self._readers), Counter(self._readers)
+        held: dict[int, float] = {}
+        for host, share in zip(self._holders, self._held, strict=True):
+            held[host] = held.get(host, 0.0) + share
         found = 0.0
-        for host in working | holding:
-            read = working[host] / plan.workers * (1 - holding[host] / holders)
-            given = holding[host] / holders * (1 - working[host] / plan.workers)
-            found = max(found, max(read, given) * self.bytes / ground.host(host).bytes_per_second)
+        for host in reading | Counter(self._holders):
+            its, share = reading[host] / m, held.get(host, 0.0)
+            passing = max(its * (1 - share), share * (1 - its))
+            found = max(found, passing * self.bytes / self._ground.host(host).bytes_per_second)
         return found
+
+
+def _readers(plan: Plan, ground: Ground) -> list[int]:
+    """The hosts of the workers that look rows up: of a pipeline's, the first stage."""
+    workers = ground.places(plan)[0]
+    return workers if plan.dense == "dp" else [workers[rank] for rank in Mesh.of(plan).copies(0)]
+
+
+def _parts_of(amounts: Sequence[float], plan: Plan, ground: Ground, m: int) -> list[list[float]]:
+    """Of each table's amount the part of each of m workers that tables are spread over."""
+    tables = ground.profile.tables
+    blocks = divide([(table.rows, table.dim) for table in tables], plan.embeddings, m)
+    return [
+        [amount * block.rows * block.width / (table.rows * table.dim) for block in each]
+        for amount, table, each in zip(amounts, tables, blocks, strict=True)
+    ]
 
 
 def without_tables(profile: Profile) -> Profile:
@@ -104,11 +144,16 @@ def without_tables(profile: Profile) -> Profile:
 
 
 def _memory(plan: Plan, ground: Ground, dense: Prediction) -> dict[str, int]:
-    """Peak bytes by role: rows, their slots and their index are on servers, or on workers."""
+    """Peak bytes by role: rows, their slots and their index are on servers, or on workers, and are copied to be saved.
+
+    In a pipeline tables are taken to be in its first stage.
+    """
     profile = ground.profile
-    rows = sum(
-        table.rows * (table.dim * (1 + profile.slots) * profile.element_bytes + INDEX) for table in profile.tables
-    )
+    numbers = [table.rows * table.dim * (1 + profile.slots) * profile.element_bytes for table in profile.tables]
     if plan.served:
-        return dense.memory | {"server": int(ground.base("ps", "server") + rows / plan.servers)}
-    return {role: int(size + rows / plan.workers) for role, size in dense.memory.items()}
+        rows = (sum(numbers) + INDEX * sum(table.rows for table in profile.tables)) / plan.servers
+        return dense.memory | {"server": int(ground.base("ps", "server") + peak_bytes(rows, 0, rows, 0))}
+    parts = _parts_of(numbers, plan, ground, len(_readers(plan, ground)))
+    fullest = max(sum(part) for part in zip(*parts, strict=True))
+    holders = {role for role in dense.memory if role in ("worker", "stage 0")}
+    return dense.memory | {role: int(dense.memory[role] + peak_bytes(fullest, 0, fullest, 0)) for role in holders}

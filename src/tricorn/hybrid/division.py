@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tricorn.plan import Embeddings
-from tricorn.state.runs import Runs, tidy
+if TYPE_CHECKING:
+    from tricorn.plan import Embeddings
+    from tricorn.state.runs import Runs
 
 
 class Block(NamedTuple):
@@ -31,6 +32,8 @@ class Block(NamedTuple):
 
     def runs(self, dim: int) -> Runs:
         """Its elements in the flattened table."""
+        from tricorn.state.runs import Runs, tidy  # with PyTorch, which the planner does without
+
         return tidy(Runs(self.first * dim + self.left, self.width, dim, self.rows))
 
 

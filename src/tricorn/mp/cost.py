@@ -85,10 +85,13 @@ class _Mesh:
         self.hosts = ground.places(plan)[0]
         lines = [self.mesh.line(self.mesh.rank(Place(r, 0, k))) for r in range(self.R) for k in range(self.t)]
         self.away = any(self._apart(line) for line in lines)
+        slow = {host: ground.slowness(host, count) for host, count in Counter(self.hosts).items()}
+        self.slow, self.slow_hop = [slow[host] for host in self.hosts], sum(slow.values()) / len(slow)
         self.splitting = self._splitting()
         self.stages = self._stages()
         self.moved = ground.links.curve("exchange/mp", max(2, self.p)).scatter
-        self.per_action, self.per_step = _overheads(ground, max(2, self.p))
+        self.per_action, per_step = _overheads(ground, max(2, self.p))
+        self.per_step = per_step * max(self.slow)
         self.exchanged = 0.0
         self.line = self._line()
 
@@ -196,7 +199,7 @@ class _Mesh:
             here = sum(layer.seconds * share for layer, share in zip(stage.layers, mine, strict=True))
             sums = summed * here / split_seconds if split_seconds else 0.0
             again = RECOMPUTED * forward if self.plan.recompute else 0.0
-            fixed = self.per_action if self.p > 1 else 0.0
+            fixed = self.per_action * self._slow_in(number % self.p) if self.p > 1 else 0.0
             self.exchanged = max(self.exchanged, 2 * fixed + sums)
             works.append(Work(fixed + forward + sums / 2, fixed + backward + again + sums / 2, weights))
         times = self.samples / self.count / max(1, self.profile.layer_samples)
@@ -208,9 +211,18 @@ class _Mesh:
 
     def _seconds(self, stage: int) -> float:
         """Of forward and backward of the whole model, for one microbatch, on the slowest host of this stage."""
-        ranks = (self.mesh.rank(Place(r, stage, k)) for r in range(self.R) for k in range(self.t))
         samples = self.samples / self.count
-        return max(self.ground.on(host, self.plan, samples)[0] for host in {self.hosts[rank] for rank in ranks})
+        return max(
+            self.ground.on(host, self.plan, samples)[0] for host in {self.hosts[rank] for rank in self._ranks(stage)}
+        )
+
+    def _slow_in(self, stage: int) -> float:
+        """How many times as long exchanging takes processors on the slowest host of this stage."""
+        return max(self.slow[rank] for rank in self._ranks(stage))
+
+    def _ranks(self, stage: int) -> list[int]:
+        """Its workers in all replicas."""
+        return [self.mesh.rank(Place(r, stage, k)) for r in range(self.R) for k in range(self.t)]
 
     def _sums(self) -> float:
         """Seconds that shards exchange for in one microbatch."""
@@ -224,7 +236,8 @@ class _Mesh:
             ("all_reduce", self.splitting.sums, 2), ("all_gather", self.splitting.gathers, 1),
         ):  # fmt: skip
             for size in sizes:
-                found += max(links.seconds(f"{way}/{operation}", self.t, size * samples), self._least_exchange)
+                least = max(links.seconds(f"{way}/{operation}", self.t, size * samples), self._least_exchange)
+                found += least * max(self.slow)
                 if apart:
                     part = times * (self.t - 1) / self.t * size * samples
                     found += self.ground.wire(part, self.hosts[: self.t], times * (self.t - 1))
@@ -249,11 +262,11 @@ class _Mesh:
         if self.R == 1:
             return 0.0, 0.0
         if not self._copies_apart:
-            return self.ground.exchanging("dp", self.R, n)[0], 0.0
+            return self.ground.exchanging("dp", self.R, n)[0] * max(self.slow), 0.0
         there = max(Counter(self.hosts).values())  # workers that share a link
         amount = 2 * (self.R - 1) / self.R * n * there
         return (
-            self.ground.links.seconds("tcp/all_reduce", 2, n),
+            self.ground.links.seconds("tcp/all_reduce", 2, n) * max(self.slow),
             self.ground.wire(amount, sorted(set(self.hosts)), 2 * (self.R - 1)),
         )
 
@@ -264,7 +277,7 @@ class _Mesh:
         """Seconds from one stage to the next."""
         there_and_back = self.ground.links.seconds(f"{'tcp' if self.away else 'shared'}/send", 2, size)
         wire = self.ground.wire(size, sorted(set(self.hosts)), 1) if self.away else 0.0
-        return there_and_back / 2 + wire
+        return there_and_back / 2 * self.slow_hop + wire
 
 
 def _overheads(ground: Ground, p: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from tricorn.planner.cluster import Cluster, Host
 from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
+from tricorn.state import cores
 
 AHEAD = 1e-3  # seconds: batches that take longer to make are made beside computing (worker/batches.py)
 # Of a gradient's bytes, those that travel: what the encodings say of themselves; PowerSGD's rank 4 of square matrices.
@@ -84,9 +85,9 @@ class Ground:
         return its.cores, its.speed, its.bytes_per_second, its.latency, its.stalls, its.stall_times
 
     def threads(self, plan: Plan, host: int) -> int:
-        """Of each worker on that host."""
-        there = self._place(plan).working[host]
-        return plan.threads or max(1, int(self.cluster.hosts[host].cores) // max(1, there))
+        """Of each worker on that host, as engines have it: all as many as where there are most."""
+        there = -(-plan.workers // len(self.cluster.hosts))
+        return plan.threads or cores.threads(self.cluster.hosts[host].cores, there)
 
     def _place(self, plan: Plan) -> Placed:
         key = plan.workers, plan.servers
@@ -113,7 +114,7 @@ class Ground:
         key = self.kind(host), there, plan.threads, samples, served
         if key not in self._computing:
             threads = self.threads(plan, host)
-            crowd = there if len(self.cluster.hosts) == 1 else min(there, max(1, int(self.cluster.hosts[host].cores)))
+            crowd = min(there, max(1, int(self.cluster.hosts[host].cores))) if self.cluster.described else there
             seconds, scatter = self.profile.computing(crowd, threads, samples, served=served)
             self._computing[key] = seconds * self.slowness(host, there), scatter
         return self._computing[key]
@@ -123,6 +124,10 @@ class Ground:
         its = self.cluster.hosts[host]
         crowding = max(1.0, working / its.cores) if self.cluster.described else 1.0
         return crowding / its.speed
+
+    def slowest(self, hosts: list[int]) -> float:
+        """The same of the slowest of processes on these hosts, each named as often as it has any."""
+        return max(self.slowness(host, there) for host, there in Counter(hosts).items())
 
     def updating(self, plan: Plan, n: float, host: int = 0) -> float:
         """Seconds to update n bytes of parameters in a worker on that host."""
@@ -139,6 +144,12 @@ class Ground:
         curve = self.links.curve(f"exchange/{way}", workers)
         part = n if way in ("ps", "asp", "mp") else n / workers
         return max(seconds - self.plain_updating(part), seconds / 4), curve.scatter
+
+    def reading(self, way: str, workers: int, n: float) -> tuple[float, float]:
+        """Seconds of a step of that way that reads n bytes of rows and updates them, and their scatter."""
+        measured = Links(cores=self.links.cores, curves=self.profile.rows)
+        known, new = (measured.seconds(f"{kind}/{way}", workers, n) for kind in ("known", "new"))
+        return known + self.profile.new_rows * max(0.0, new - known), measured.curve(f"known/{way}", workers).scatter
 
     def loading(self, samples: float, beside: float) -> float:
         """Seconds for which a worker waits for a batch, made while it computes for so long if it is slow."""

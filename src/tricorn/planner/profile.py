@@ -76,6 +76,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     update: dict[str, Curve]  # by the same: the optimizer's update, by bytes of parameters
     load: Curve  # seconds to make a batch, by samples
     tables: tuple[TableUse, ...] = ()
+    rows: dict[str, Curve] = {}  # what reading and updating rows of tables takes (planner/reading.py)
     layers: tuple[Layer, ...] = ()
     layer_samples: int = 0
     splitting: Splitting | None = None  # None: no layer can be split
@@ -102,6 +103,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     def table_bytes(self) -> int:
         """The part of it in tables."""
         return sum(table.rows * table.dim for table in self.tables) * self.element_bytes
+
+    @property
+    def new_rows(self) -> float:
+        """Of the bytes of rows that all steps of the job read, the share that is read for the first time."""
+        read = sum(table.ids(self.batch_size) * table.dim for table in self.tables) * self.steps * self.epochs
+        return min(1.0, sum(table.ids(self.samples) * table.dim for table in self.tables) / read) if read else 0.0
 
     @property
     def backward(self) -> float:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -21,11 +22,12 @@ from torch import Tensor
 from tricorn.data.sources import as_source
 from tricorn.errors import TricornError, UserCodeError
 from tricorn.planner import computing
-from tricorn.planner.computing import first_batch, rounds
+from tricorn.planner.computing import rounds
 from tricorn.planner.crew import Line, crew
 from tricorn.planner.figures import Curve, Point
 from tricorn.planner.load import Quiet
 from tricorn.planner.profile import Layer, Profile, Splitting, TableUse, crowd
+from tricorn.planner.reading import reading
 from tricorn.state.flat import (
     build_model,
     call_model,
@@ -39,6 +41,7 @@ from tricorn.state.rows import RowTable, row_tables
 if TYPE_CHECKING:
     from tricorn.job import Job
 
+BATCHES = 16  # in which rows are counted
 MOST_STAGES = 8  # for which a model is looked into
 IMPORTED = ("torch.", "numba.", "tricorn.")  # packages whose modules have no effect but to be there
 HEADROOM = 0.5  # of the memory that is free, for what measures
@@ -89,6 +92,8 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
             no_layers = str(error)
         with suppress(UserCodeError), crew([partial(_splitting, job, len(layers))]) as (line,):
             splitting = msgspec.convert(line.hear(), Splitting | None)
+    tables = tuple(msgspec.convert(table, TableUse) for table in facts["tables"])
+    rows = reading(tables, batch, len(job.optimizer.slots), cores, quiet, told) if by_rows and not unmeasured else {}
     told("batches")
     with crew([partial(_load, job)]) as (line,):
         data = line.hear()
@@ -99,11 +104,7 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
         buffer_bytes=facts["buffer_bytes"], base_bytes=facts["base_bytes"], input_bytes=data["input_bytes"],
         kept_bytes=kept or sum(layer.kept_bytes for layer in layers) / few,
         compute=compute, update=update, load=Curve(tuple(Point(*point) for point in data["load"])),
-        tables=tuple(
-            TableUse(name=table["name"], rows=table["rows"], dim=table["dim"],
-                     unique=tuple((count, ids) for count, ids in table["unique"]))
-            for table in facts["tables"]
-        ),
+        tables=tables, rows=rows,
         layers=layers, layer_samples=few, splitting=splitting, busy=quiet.busy, no_layers=no_layers,
         unmeasured=unmeasured or ("" if compute else too_large),
     )  # fmt: skip
@@ -177,29 +178,40 @@ def _facts(job: Job, line: Line) -> None:
 
 
 def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
-    """Each table, and how many different ids some shares of a batch have."""
+    """Each table, and how many different ids of it some shares of a batch have, and some batches together."""
     from tricorn.ps.lookup import Lookups
     from tricorn.ps.rows import Wanted
 
-    found = [{"name": table.name, "rows": table.rows, "dim": table.dim, "unique": []} for table in tables]
-    whole = min(job.batch_size, len(as_source(job.train)))
-    for samples in sorted({max(1, whole // 4), max(1, whole // 2), whole}):
-        seen = [0] * len(tables)
+    seen = [np.empty(0, np.int64) for _ in tables]
 
-        def count(wanted: list[Wanted], seen: list[int] = seen) -> None:
-            for each in wanted:
-                each.out_UD.zero_()
-                seen[each.table] += len(each.ids_U)
+    def see(wanted: list[Wanted]) -> None:
+        for each in wanted:
+            each.out_UD.zero_()
+            seen[each.table] = np.union1d(seen[each.table], each.ids_U.numpy())
 
-        model = model_without_rows(job)
-        lookups = Lookups(model, row_tables(job, model), count)
-        batch = first_batch(job, samples)
-        lookups.begin(lookups.ahead(batch.inputs), learning=False)
-        with torch.no_grad():
-            call_model(model, placed(job, batch.inputs, device_of(job)))
-        for table, ids in zip(found, seen, strict=True):
-            cast("list[tuple[int, int]]", table["unique"]).append((batch.samples, ids))
-    return found
+    model, source = model_without_rows(job), as_source(job.train)
+    lookups, whole = Lookups(model, tables, see), min(job.batch_size, len(source))
+    unique: list[list[tuple[int, int]]] = [[] for _ in tables]
+    known = False  # whether ids are found in a batch without a forward
+    ends = sorted({max(1, whole // 4), max(1, whole // 2), *(whole * times for times in range(1, BATCHES + 1))})
+    for start, stop in pairwise((0, *ends)):
+        if stop > len(source) or (stop > whole and not known):
+            break
+        inputs, _ = source.fetch(np.arange(start, stop, dtype=np.int64))
+        ahead = lookups.ahead(inputs)
+        see(ahead.wanted)
+        known = len(ahead.wanted) == len(tables)
+        if not known:
+            lookups.begin(ahead)
+            with torch.no_grad():
+                call_model(model, placed(job, inputs, device_of(job)))
+            lookups.end()
+        for points, ids in zip(unique, seen, strict=True):
+            points.append((stop, len(ids)))
+    return [
+        {"name": table.name, "rows": table.rows, "dim": table.dim, "unique": points}
+        for table, points in zip(tables, unique, strict=True)
+    ]
 
 
 def _fits(facts: dict[str, Any], workers: int) -> bool:

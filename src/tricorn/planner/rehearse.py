@@ -8,10 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -19,11 +22,13 @@ from torch import Tensor, nn
 from tricorn import optim, strategy
 from tricorn.comm.auth import new_secret
 from tricorn.comm.listener import PeerListener
+from tricorn.engine.loading import prepare
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.planner.computing import rows_served
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Figure
+from tricorn.ps import sparse
 from tricorn.state.flat import build_model
 from tricorn.state.gradient import forward_backward
 from tricorn.state.memory import peak_bytes
@@ -32,8 +37,8 @@ from tricorn.table import Table
 
 PARTS = 8  # parameters of a made model
 WIDTH = 64  # of made layers
-TABLE, DIM = 1 << 16, 16  # rows of a made table, and their width
 WARM_STEPS = 4
+BATCHES = 8  # of a worker, of other rows each, that are gone through twice: at first their rows are new
 
 
 class Chain(nn.Module):
@@ -60,16 +65,24 @@ class Scale(nn.Module):
 
 
 class Rows(nn.Module):
-    """A table, of which each sample reads one row."""
+    """Tables, of each of which each sample reads one row."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: Sequence[Read]) -> None:
         super().__init__()
-        self.rows = nn.Embedding(TABLE, DIM)
+        self.tables = nn.ModuleList(nn.Embedding(read.rows, read.dim, device="meta") for read in reads)
         self.scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        made: Tensor = self.rows(ids).sum() * self.scale
-        return made
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        sums = [table(ids_BT[:, index]).sum() for index, table in enumerate(self.tables)]
+        return torch.stack(sums).sum() * self.scale
+
+
+class Read(NamedTuple):
+    """A made table of ``rows`` x ``dim``, and how many different ids of it a worker's step has."""
+
+    rows: int
+    dim: int
+    ids: int
 
 
 def chain(elements: int, width: int = 1) -> Job:
@@ -87,16 +100,26 @@ def _paired(count: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def rows(count: int) -> Job:
-    """A job of a table, of which each step reads so many rows."""
-    return _made(Rows, torch.arange(count), tables={"rows": Table(std=0.0)})
+def rows(reads: Sequence[Read], plan: Plan, optimizer: optim.SGD | optim.Adagrad) -> Job:
+    """A job of such tables, each step of which reads rows here and there."""
+    drawn, samples = np.random.default_rng(0), max(read.ids for read in reads)
+    shares = [
+        np.stack([np.resize(drawn.choice(read.rows, read.ids, replace=False), samples) for read in reads], 1)
+        for _ in range(BATCHES * plan.workers)
+    ]
+    tables = {f"tables.{index}": Table(std=0.0) for index in range(len(reads))}
+    job = _made(partial(Rows, reads), torch.from_numpy(np.concatenate(shares)), tables, optimizer)
+    return replace(job, batch_size=samples * (plan.workers if plan.synchronous else 1))
 
 
-def _made(model: Callable[[], nn.Module], inputs: Tensor, tables: dict[str, Table] | None = None) -> Job:
+def _made(
+    model: Callable[[], nn.Module], inputs: Tensor, tables: dict[str, Table] | None = None,
+    optimizer: optim.SGD | optim.Adagrad | None = None,
+) -> Job:  # fmt: skip
     data = torch.utils.data.TensorDataset(inputs, torch.zeros(len(inputs)))
     return Job(
-        model=model, loss=_loss, optimizer=optim.SGD(lr=0.0), train=data, batch_size=len(inputs), epochs=1,
-        tables=tables or {},
+        model=model, loss=_loss, optimizer=optimizer or optim.SGD(lr=0.0), train=data, batch_size=len(inputs),
+        epochs=1, tables=tables or {},
     )  # fmt: skip
 
 
@@ -107,17 +130,28 @@ def _loss(output: Tensor, target: Tensor) -> Tensor:
 class Found(NamedTuple):
     """Of one step: ``step`` altogether, of which ``compute`` is the made model's own forward and backward.
 
-    ``grown``: by how many bytes a worker grew at most since it was forked, and a server if there was one, in this job
-    and those before it.
+    ``first``: of steps on which the made data is gone through for the first time, ``step`` without rows. ``grown``: by
+    how many bytes a worker grew at most since it was forked, and a server if there was one, in this job and those
+    before it.
     """
 
     step: Figure
+    first: Figure
     compute: Figure
     grown: dict[str, int]
 
     @property
     def exchange(self) -> Figure:
         return Figure(max(self.step.seconds - self.compute.seconds, 1e-6), self.step.scatter)
+
+
+def warm() -> None:
+    """Import and compile before forking what every fork would have to."""
+    for plan in (Plan(strategy="dp"), Plan(strategy="ps", servers=1)):
+        prepare(plan, "float32")
+    for module in ("tricorn.dp.replicate", "tricorn.dp.shard", "tricorn.mp.trainer"):
+        import_module(module)
+    sparse.warm()
 
 
 def rehearse(jobs: Sequence[Job], plan: Plan, steps: Sequence[int]) -> list[Found]:
@@ -139,10 +173,11 @@ def _rehearsed(plan: Plan, lines: Sequence[Line]) -> Found:
     tell(lines, "end")
     peaks = gather(lines)
     grown = {"worker": max(peaks[: plan.workers]), **({"server": max(peaks[plan.workers :])} if plan.servers else {})}
-    slowest = max((found["steps"] for found in taken), key=median)
     shared = 1 if plan.synchronous else plan.workers
     compute = Figure.of([seconds / shared for found in taken for seconds in found["compute"]])
-    return Found(Figure.of([seconds / shared for seconds in slowest]), compute, grown)
+    slowest = [max((found[when] for found in taken), key=median) for when in ("steps", "first")]
+    step, first = (Figure.of([seconds / shared for seconds in each]) for each in slowest)
+    return Found(step, first, compute, grown)
 
 
 def _work(jobs: Sequence[Job], plan: Plan, rank: int, secret: bytes, steps: Sequence[int], line: Line) -> None:
@@ -157,8 +192,8 @@ def _train(job: Job, plan: Plan, rank: int, secret: bytes, steps: int, line: Lin
     listener = PeerListener(secret)
     line.say(listener.address)
     addresses = [(host, port) for host, port in line.hear()]
-    batch = _batch(job, *_share(job, plan, rank))
-    compute = _computing(job, batch, steps) if plan.dense != "mp" else [0.0]
+    batches = _batches(job, *_share(job, plan, rank))
+    compute = _computing(job, batches[0], steps) if plan.dense != "mp" else [0.0]
     trainer = strategy.find(plan).trainer(Context(job, plan, rank, 1, secret, listener))
     trainer.join(Seat(1, tuple(addresses[: plan.workers]), tuple(addresses[plan.workers :]), 0, "initial", 0, None))
     taken = []
@@ -167,10 +202,11 @@ def _train(job: Job, plan: Plan, rank: int, secret: bytes, steps: int, line: Lin
         following = step + 1 if plan.synchronous else step + plan.workers
         began = time.perf_counter()
         if isinstance(trainer, strategy.Foreseeing) and trainer.foresees:
-            trainer.foresee(following, batch)
-        trainer.step(step, batch, job.batch_size, Wishes())
+            trainer.foresee(following, batches[following % len(batches)])
+        trainer.step(step, batches[step % len(batches)], job.batch_size, Wishes())
         taken.append(time.perf_counter() - began)
-    line.say({"steps": taken[WARM_STEPS:], "compute": compute})
+    known = BATCHES if job.tables else WARM_STEPS
+    line.say({"steps": taken[known:], "first": taken[WARM_STEPS:known] or taken[known:], "compute": compute})
     line.hear()
     trainer.close()
     listener.close()
@@ -209,9 +245,10 @@ def _share(job: Job, plan: Plan, rank: int) -> tuple[int, int]:
     return strategy.even_share(job.batch_size, rank, plan.workers)
 
 
-def _batch(job: Job, start: int, stop: int) -> Batch:
-    inputs, target = job.train.tensors
-    return Batch(inputs[start:stop], target[start:stop], stop - start, stop - start)
+def _batches(job: Job, start: int, stop: int) -> list[Batch]:
+    """A worker's share of each batch of the data."""
+    wholes = zip(*(torch.split(tensor, job.batch_size) for tensor in job.train.tensors), strict=True)
+    return [Batch(inputs[start:stop], target[start:stop], stop - start, stop - start) for inputs, target in wholes]
 
 
 def _computing(job: Job, batch: Batch, steps: int) -> list[float]:

@@ -23,7 +23,7 @@ from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
 
-FORMAT = 3  # of what is kept; what another one wrote is not read
+FORMAT = 4  # of what is kept; what another one wrote is not read
 
 T = TypeVar("T")
 

@@ -125,6 +125,8 @@ def why_not(job: Job, plan: Plan) -> str | None:
         return strategy.find(plan).why_not(job, plan)
     except TricornError as error:
         return str(error)
+    except Exception as error:
+        return f"it cannot look at the model: {type(error).__name__}: {error}"
 
 
 def _own_files() -> list[str]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
@@ -18,7 +17,6 @@ from tricorn import optim
 from tricorn.comm.auth import new_secret
 from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
-from tricorn.engine.loading import prepare
 from tricorn.errors import UserCodeError
 from tricorn.job import Job
 from tricorn.plan import Plan
@@ -27,11 +25,9 @@ from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Curve, Figure, Point
 from tricorn.planner.links import Links
 from tricorn.planner.load import Quiet
-from tricorn.planner.rehearse import DIM, Found, chain, pairs, rehearse, rows
-from tricorn.ps import sparse
+from tricorn.planner.rehearse import Found, chain, pairs, rehearse, warm
 
 ELEMENTS = (1 << 12, 1 << 18, 1 << 21)  # of made models
-ROWS = (64, 1024, 16384)  # of made batches
 MICROBATCHES = (1, 8)
 PAIRS = (1, 8)  # of layers that two workers split
 STEPS = 12
@@ -40,7 +36,6 @@ BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # of collectives
 ROUNDS = 12
 FLOAT = 4  # bytes
 _CHAINS = [chain(elements) for elements in ELEMENTS]
-_TABLES = [rows(count) for count in ROWS]
 _LENGTHS = [STEPS, STEPS, LONG]
 
 T = TypeVar("T")
@@ -55,7 +50,7 @@ class Way(NamedTuple):
 
 def ways(cores: int) -> Iterator[Way]:
     """All that are measured on so many cores."""
-    for workers in _counts(cores):
+    for workers in counts(cores):
         yield Way("dp", Plan(strategy="dp", workers=workers))
         yield Way("ps", Plan(strategy="ps", workers=workers, servers=1))
         yield Way("asp", Plan(strategy="ps", workers=workers, servers=1, consistency="asp"))
@@ -64,17 +59,7 @@ def ways(cores: int) -> Iterator[Way]:
                 yield Way(f"zero{zero}", Plan(strategy="dp", workers=workers, zero=zero))
 
 
-def row_ways(cores: int) -> Iterator[Way]:
-    """All by which rows of tables are trained, and measured."""
-    for workers in _counts(cores):
-        yield Way("ps", Plan(strategy="ps", workers=workers, servers=1))
-        yield Way("asp", Plan(strategy="ps", workers=workers, servers=1, consistency="asp"))
-        yield Way("served", Plan(strategy="ps+dp", workers=workers, servers=1))
-        if workers > 1:
-            yield Way("spread", Plan(strategy="dp", workers=workers, embeddings="rows"))
-
-
-def _counts(cores: int) -> list[int]:
+def counts(cores: int) -> list[int]:
     """Numbers of workers that are measured."""
     return sorted(count for count in {1, 2, 4, cores} if count <= max(cores, 1))
 
@@ -85,7 +70,7 @@ _ZEROS: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 def sweep(cores: int, told: Callable[[str], None]) -> Links:
     """Everything; ``told`` hears what is being measured. The process must have no threads but this one."""
     before = _of_a_fork()
-    _warm()
+    warm()
     imported = _of_a_fork() - before
     curves: dict[str, Curve] = {}
     overhead: dict[str, int] = {}
@@ -100,10 +85,6 @@ def sweep(cores: int, told: Callable[[str], None]) -> Links:
             sizes = [n * FLOAT for n in ELEMENTS]
             curves[f"exchange/{name}/{plan.workers}"] = _curve(sizes, [each.exchange for each in found])
             overhead |= {f"{name}/{role}": imported + grown for role, grown in found[0].grown.items()}
-    for name, plan in row_ways(cores):
-        if found := measured(f"rows of {name} with {plan.workers}", partial(_rehearsed, _TABLES, plan, _LENGTHS)):
-            sizes = [n * DIM * FLOAT for n in ROWS]
-            curves[f"rows/{name}/{plan.workers}"] = _curve(sizes, [each.exchange for each in found])
     for workers in sorted({2, min(4, cores)} - {1}):
         if found := measured(f"a pipeline of {workers}", partial(_pipelines, workers)):
             curves[f"exchange/mp/{workers}"] = _curve(MICROBATCHES, [each.step for each in found])
@@ -146,15 +127,6 @@ def _of_a_fork() -> int:
     """Resident bytes of a new fork of this process, which has of a library's pages those that it comes to use."""
     with crew([lambda line: line.say(psutil.Process().memory_info().rss)]) as lines:
         return int(gather(lines)[0])
-
-
-def _warm() -> None:
-    """Import and compile before forking what every fork would have to."""
-    for plan in (Plan(strategy="dp"), Plan(strategy="ps", servers=1)):
-        prepare(plan, "float32")
-    for module in ("tricorn.dp.replicate", "tricorn.dp.shard", "tricorn.mp.trainer"):
-        import_module(module)
-    sparse.warm()
 
 
 def collectives(ranks: int, *, apart: bool) -> dict[str, Curve]:

@@ -60,16 +60,21 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     m, way = plan.workers, "ps" if plan.synchronous else "asp"
     taken, scatter = ground.computing(plan, samples, served=True)
     all_rows = (m if plan.synchronous else 1) * row_bytes
-    exchange, moved = _exchange(way, plan, ground, m, n, all_rows)
-    update = _update(plan, ground, n + all_rows)
-    busy = exchange + update
-    crowded = len(ground.cluster.hosts) == 1 and m + plan.servers > ground.cluster.cores
+    workers, servers = ground.places(plan)
+    apart = len(ground.cluster.hosts) > 1
+    slow, slow_servers = ground.slowest(workers), ground.slowest(servers if apart else workers)
+    alone, _ = _exchange(way, plan, ground, 1, n, row_bytes)
+    together, moved = _exchange(way, plan, ground, m, n, all_rows)
+    update = _update(plan, ground, n)
+    busy = together * slow_servers + update
+    crowded = not apart and m + plan.servers > ground.cluster.cores
     if not plan.synchronous and crowded:  # servers take from workers what they need
         cores = min(m, ground.cluster.cores)
-        busy = exchange + (update + sum(taken) / m) / cores
+        busy = together * slow_servers + (update + sum(taken) / m) / cores
     served = _served(plan, ground, n / plan.local_steps, row_bytes, busy)
-    if not plan.synchronous:
-        exchange, _ = _exchange(way, plan, ground, 1, n, row_bytes)
+    exchange = alone * slow
+    if plan.synchronous:  # what others add is that the servers have more to do
+        exchange = min(alone, together) * slow + max(0.0, together - alone) * slow_servers
     after = {UPDATE: update, EXCHANGE: exchange, WIRE: _wire(served, m if plan.synchronous else 1)}
     loading = ground.loading(samples, max(taken))
     return Parts(computing=tuple(taken), scatter=scatter, loading=loading, after=after, served=served), moved
@@ -131,11 +136,12 @@ def _exchange(way: str, plan: Plan, ground: Ground, m: int, n: float, row_bytes:
     dense /= plan.local_steps
     if row_bytes:
         least = links.curve(f"exchange/{way}", m).points[0].seconds
-        rows = max(0.0, links.seconds(f"rows/{way}", m, row_bytes) - least)
+        seconds, scattered = ground.reading(way, m, row_bytes)
+        rows = max(0.0, seconds - least)
         rows += least if plan.local_steps > 1 else 0.0  # which are alone in most steps
         # Those that may be older are read while the step before is computed.
         dense += rows / 2 if plan.sparse_consistency in ("ssp", "asp") else rows
-        scatter = max(scatter, links.curve(f"rows/{way}", m).scatter)
+        scatter = max(scatter, scattered)
     if len(ground.cluster.hosts) > 1:  # over connections, and not through shared memory
         dense += links.seconds("tcp/send", 2, n + row_bytes) - links.seconds("shared/send", 2, n + row_bytes)
     return max(dense, 1e-6) + CODING[plan.compress] * links.seconds("copy", 1, n), scatter

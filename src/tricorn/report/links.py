@@ -17,7 +17,6 @@ FASTEST, SLOWEST, WIDTH = -6.0, -1.0, 10  # powers of ten of seconds, over so ma
 MARKS = " ▏▎▍▌▋▊▉█"
 _WORDS = {
     "exchange": "a step of {} without its computing",
-    "rows": "a step of {} that reads rows",
     "shared": "{} in shared memory",
     "tcp": "{} over connections",
     "copy": "copying",

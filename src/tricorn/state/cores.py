@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""How many cores this process may use, and what workers make of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def usable(root: Path = Path("/")) -> int:
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *(ceil(quota) for quota in _quotas(root))]))
+
+
+def threads(available: float, workers: int) -> int:
+    """How many compute threads each of some workers has that share so many cores."""
+    return max(1, int(available) // max(1, workers))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tricorn.errors import Diverged
+from tricorn.errors import Diverged, JobFailed
 from tricorn.state.flat import WEIGHT_DTYPES, call_model
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tricorn.strategy import Batch, Outcome
 
 _PIECE = 65_536  # elements
+_MEANS: list[Callable[..., Any]] = []  # losses that have been judged
 
 
 def placed(job: Job, value: Any, device: torch.device) -> Any:
@@ -63,9 +64,35 @@ def device_of_output(output: Any) -> torch.device:
 def loss_sum(job: Job, output: Any, batch: Batch) -> Tensor:
     """The loss of the output times the batch's count: a scalar tensor to call ``backward`` on."""
     device = device_of_output(output)
+    target = placed(job, batch.target, device)
     with autocast(job, device):
-        loss: Tensor = job.loss(output, placed(job, batch.target, device))
+        loss: Tensor = job.loss(output, target)
+        if job.loss not in _MEANS and batch.samples > 1:
+            _MEANS.append(job.loss)
+            _refuse_sum(job, output, target, batch.samples // 2)
     return loss * batch.count
+
+
+def _refuse_sum(job: Job, output: Any, target: Any, half: int) -> None:
+    """Raise JobFailed if the loss of twice ``half`` samples is the sum of the losses of the halves.
+
+    An output that is no tensor with a row for each sample, and a loss with a ``count`` of its own, are not judged.
+    """
+    if type(output) is not Tensor or output.dim() == 0 or job.count is not None:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            first, second, both = (
+                float(job.loss(output[start:stop], rows(target, start, stop)))
+                for start, stop in ((0, half), (half, 2 * half), (0, 2 * half))
+            )
+    except Exception:  # a loss for batches of one size: whether it is a mean cannot be told
+        return
+    if abs(both) > 1e-6 and abs(both - (first + second)) < 1e-4 * abs(both):
+        raise JobFailed(
+            "the loss is a sum over the samples given, not their mean: it would depend on how a batch is shared out",
+            remedy='Return a mean, as with reduction="mean".',
+        )
 
 
 def forward_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tricorn.errors import JobFailed
 from tricorn.job import Job
 from tricorn.state.gradient import device_of_output, loss_sum, placed
 from tricorn.strategy import Batch, Trainer
@@ -24,12 +25,23 @@ class Judge:
         if batch.count:
             self._add("loss", loss_sum(self._job, output, batch).item(), batch.count)
         for name, metric in self._job.metrics.items():
-            self._add(name, float(metric(output, target)) * batch.samples, batch.samples)
+            self._add(name, _number(name, metric(output, target)) * batch.samples, batch.samples)
         self.samples += batch.samples
 
     def _add(self, name: str, value: float, weight: float) -> None:
         value_sum, weight_sum = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (value_sum + value, weight_sum + weight)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise JobFailed(
+            f"metrics[{name!r}] gives a {type(value).__name__}{shape} instead of one number",
+            remedy="Return the mean over the samples given, as with `.float().mean()`.",
+        ) from None
 
 
 def evaluate(job: Job, trainer: Trainer, batches: Batches, start: int, stop: int, go_on: Callable[[], None]) -> Judge:
