@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from tricorn import folder as folders
+from tricorn.cli.job_file import job_in
 from tricorn.errors import UsageError
 from tricorn.report.picture import picture
 from tricorn.report.table import table
@@ -39,10 +40,9 @@ def plan(
     from tricorn import planner
     from tricorn.planner.explain import named, seconds, size
 
-    file, _, name = job.rpartition(":") if ":" in job else (job, "", "job")
     settled = {"workers": workers, "strategy": strategy, "memory": memory}
     given = {field: value for field, value in settled.items() if value is not None}
-    found = planner.plan((file, name), given, cluster=cluster, approximate=approximate, fresh=fresh, told=_tell)
+    found = planner.plan(job_in(job), given, cluster=cluster, approximate=approximate, fresh=fresh, told=_tell)
     chosen = found.chosen
     if output is not None:
         try:

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from tricorn import folder as folders
-from tricorn.report.table import table
+from tricorn.cli.job_file import job_in
 
 if TYPE_CHECKING:
     from tricorn.planner.simulation import Simulation
@@ -30,14 +30,15 @@ def simulate(
     from tricorn.planner.explain import named
     from tricorn.planner.simulating import simulate as simulated
 
-    file, _, name = job.rpartition(":") if ":" in job else (job, "", "job")
     chosen = folders.read_plan(plan) if plan else None
-    found = simulated((file, name), chosen, cluster=cluster, steps=steps, seed=seed, told=_tell)
+    found = simulated(job_in(job), chosen, cluster=cluster, steps=steps, seed=seed, told=_tell)
     if json:
         whole = {**msgspec.to_builtins(found), "difference": found.difference}
         print(msgspec.json.encode(whole).decode(), flush=True)
         return
-    print(f"{named(found.plan)}\n\n{table(('', ''), as_rows(found))}")
+    rows = as_rows(found)
+    width = max(len(name) for name, _ in rows)
+    print("\n".join([named(found.plan), "", *(f"{name:<{width}}  {value}" for name, value in rows)]))
 
 
 def as_rows(found: Simulation) -> list[tuple[str, str]]:
@@ -50,7 +51,7 @@ def as_rows(found: Simulation) -> list[tuple[str, str]]:
         ("a step, mean", f"{seconds(found.mean)}; the equation says {seconds(found.predicted)} "
                          f"({100 * found.difference:+.1f} %)"),
     ]  # fmt: skip
-    rows += [(f"{role}s wait", f"{100 * share:.1f} % of their time") for role, share in found.waiting.items()]
+    rows += [(f"{role}s wait", f"{100 * max(0.0, share):.1f} % of their time") for role, share in found.waiting.items()]
     if found.staleness:
         gradients = sum(found.staleness.values())
         shares = (f"{age}: {100 * count / gradients:.3g} %" for age, count in found.staleness.items())

@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from tricorn import folder as folders
+from tricorn.cli.job_file import job_in
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import UsageError
 from tricorn.plan import Plan
@@ -121,14 +122,14 @@ def train(
         raise UsageError("no job is named", remedy="Give the file that declares it: tricorn train FILE.py")
     else:
         plan, where = replanned(folders.read_plan(planned) if planned else Plan(strategy="dp"), changes), job
-    file, _, name = where.rpartition(":") if ":" in where else (where, "", "job")
+    source = job_in(where)
     timing = timing_of(checkpoint_every, heartbeat_timeout)
     if folder is None and planned is None and "strategy" not in changes:
-        plan, expected = choose((file, name), changes)
+        plan, expected = choose(source, changes)
     else:
-        expected = outlook((file, name), plan, thorough=replan)
+        expected = outlook(source, plan, thorough=replan)
     summary, folder = execute(
-        LocalEngine, (file, name), plan, timing, runs=runs, folder=folder, expected=expected, replan=replan
+        LocalEngine, source, plan, timing, runs=runs, folder=folder, expected=expected, replan=replan
     )
     if json:
         print(msgspec.json.encode(summary).decode(), flush=True)

@@ -15,7 +15,8 @@ WORDS = {
     "wire": "on the links", "waiting": "waiting for others",
 }  # fmt: skip
 _NAMED = (
-    "zero", "compress", "local_steps", "balance", "embeddings", "replicas", "tensor", "schedule", "microbatches",
+    "zero", "compress", "local_steps", "balance", "sparse_consistency", "embeddings", "replicas", "tensor", "schedule",
+    "microbatches",
 )  # fmt: skip
 SHOWN = 0.02  # of a step: terms below are not worth a word
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -60,9 +61,10 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     if chosen.notes:
         said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
     if (busy := max(ground.profile.busy, ground.links.busy)) > BUSY:
-        said.append(
+        said.insert(
+            0,
             f"Other programs took {busy:.0%} of this machine while it was measured, and times are too long for that; "
-            "they are measured again when it is quiet."
+            "they are measured again when it is quiet.",
         )
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
         said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason}.")
