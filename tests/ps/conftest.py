@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 
 from tricorn.comm.sockets import Address
 from tricorn.job import Job
+from tricorn.ps.server import Server
 from tricorn.ps.transport import Transport, dial
 
-from .cluster import Cluster
+from .cluster import SECRET, Cluster
 
 
 @pytest.fixture(params=["shared", "tcp"])
@@ -37,3 +39,15 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
             return built
 
         yield build
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """One that serves in a thread, for three workers."""
+    made = Server(SECRET, on_snapshot=lambda step, pieces: None, on_applied=lambda steps: None)
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    made.begin(epoch=0, step=0, source="initial", checkpoint=None, workers=3)
+    yield made
+    made.stop()
+    thread.join()

@@ -36,17 +36,6 @@ N = 300_000
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server(SECRET, on_snapshot=lambda step, pieces: None, on_applied=lambda steps: None)
-    thread = threading.Thread(target=made.serve_forever)
-    thread.start()
-    made.begin(epoch=0, step=0, source="initial", checkpoint=None, workers=3)
-    yield made
-    made.stop()
-    thread.join()
-
-
-@pytest.fixture
 def client(server: Server) -> Iterator[Connect]:
     with contextlib.ExitStack() as stack:
 
