@@ -10,6 +10,9 @@ The stages of ``small`` work for 0.3 ms a microbatch and direction, those of ``m
 25 and more: there both systems spend nearly all of a step in the same products of matrices.
 
 Layers split among the workers are timed by mp_tensor.py.
+
+Each case runs alone with ``--case``. With ``--json`` the object is printed after each case, with all that were run so
+far, so that the last line is whole whenever it ends.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import mp_tensor
 from common import ROOT, options
@@ -28,7 +32,7 @@ RANK = ROOT / "benchmarks" / "jobs" / "pipeline_rank.py"
 RANKS = 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 MICROBATCHES = 8
-MODELS = {"small": (15, 40), "mlp": (15, 10), "transformer": (5, 1)}  # rounds, and steps in each
+MODELS = {"small": (9, 20), "mlp": (9, 6), "transformer": (5, 1)}  # rounds, and steps in each
 
 
 def measured(model: str, rounds: int) -> list[list]:
@@ -111,11 +115,17 @@ def main() -> None:
     split = {f"tensor {model}": model for model in mp_tensor.CASES}
     report, chosen = options("model parallel training, two workers, one thread each", (*MODELS, *split))
     for case in chosen.case or (*MODELS, *split):
+        began = time.perf_counter()
         if case in split:
             mp_tensor.tensors(report, split[case], 1 if chosen.quick else 5)
         else:
             pipelines(report, case)
-    report.print(chosen.json)
+        print(f"{case}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        if chosen.json:
+            report.print(True)
+            sys.stdout.flush()
+    if not chosen.json:
+        report.print(False)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,10 @@ def tensors(report, model: str, rounds: int) -> None:
         "one process": lambda: tricorn(model, 1),
     }
     found: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, measure in systems.items():
             found[name].append(measure())
+        print(f"tensor {model}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     for name, figures in found.items():
         report.row(name, f"{model}, layers split", figures, "ms")
     # By round, for both of a round ran on the machine as it was then.

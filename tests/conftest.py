@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,13 @@ PATIENCE = 5.0  # seconds that what a test has told to end may take to do so
 torch.set_num_threads(1)
 settings.register_profile("tricorn", deadline=None, derandomize=True, database=None)
 settings.load_profile("tricorn")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def old_objects_are_not_collected() -> None:
+    """Trainers collect garbage before they begin: 0.3 s each if all of torch and of the tests is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

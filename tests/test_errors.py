@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 
 from tricorn import errors
 from tricorn.errors import TricornError, UsageError, users_line
@@ -53,6 +55,14 @@ def test_the_users_line_is_the_last_of_their_own() -> None:
     with pytest.raises(KeyError) as caught:
         theirs()
     assert re.fullmatch(rf"{re.escape(__file__)}:\d+ in <lambda>: int\(re.*", users_line(caught.value))
+
+
+def test_the_forms_of_values_are_told() -> None:
+    given = {"ids": torch.zeros(2, 3, dtype=torch.int64), "rest": (np.zeros(4, np.float32), 5)}
+    error = ValueError("no")
+    errors.note(error, "count", inputs=given)
+    said = "inputs {ids: int64 (2, 3), rest: (float32 (4,), int)}"
+    assert errors.in_words(error) == f"ValueError: no\nin the job's count, given {said}"
 
 
 def test_frames_of_libraries_are_passed_over() -> None:

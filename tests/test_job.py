@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,9 +102,32 @@ def test_a_metric_that_is_no_function_is_named() -> None:
         tricorn.Job(**{**GOOD, "metrics": {"error": 0.5}})
 
 
-def test_an_unknown_field_is_refused() -> None:
-    with pytest.raises(TypeError, match="learning_rate"):
-        tricorn.Job(**GOOD, learning_rate=0.1)
+def test_an_unknown_field_is_refused_with_the_nearest() -> None:
+    given = {name: value for name, value in GOOD.items() if name not in ("batch_size", "epochs")}
+    with pytest.raises(JobError) as caught:
+        tricorn.Job(**given, batchsize=3, learning_rate=0.1)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "Job.batchsize: given 3 (int); no such field; did you mean batch_size?",
+        "Job.learning_rate: given 0.1 (float); no such field; there are batch_size, epochs, seed, count, schedule, "
+        "clip_norm, precision, device, tables",
+        "Job.epochs: given nothing; it has no default",
+    ]
+    assert list(inspect.signature(tricorn.Job).parameters)[:2] == ["model", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("declare", "said"),
+    [
+        (lambda: tricorn.optim.SGD(lr=0.1, momentom=0.9), "SGD.momentom: .* did you mean momentum"),
+        (lambda: tricorn.optim.AdamW(learning_rate=0.1), "there are lr, betas, eps, weight_decay"),
+        (lambda: tricorn.optim.Adam(0.1), r"Adam: given 0.1 \(float\) without a name; write Adam\(lr=...\)"),
+        (lambda: tricorn.Table(max_row=5), "Table.max_row: .* did you mean max_rows"),
+        (lambda: tricorn.Job(torch.nn.Linear, train=[]), r"without a name; write Job\(model=...\)"),
+    ],
+)
+def test_every_declaration_names_its_fields(declare: Callable[[], object], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        declare()
 
 
 def test_a_module_instead_of_what_builds_it() -> None:

@@ -16,12 +16,14 @@ from tricorn.plan import Plan
         Plan(strategy="dp"),
         Plan(strategy="mp", workers=3, microbatches=4, threads=1),
         Plan(strategy="ps", workers=3, servers=2, consistency="ssp", staleness=0),
+        Plan(strategy="ps+mp", servers=1, compress_tables={"people": "int8", "films": "none"}),
     ],
     ids=repr,
 )
 def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
     assert plan.mistakes() == []
-    assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
+    back = msgspec.json.decode(msgspec.json.encode(plan), type=Plan)
+    assert {back: back == plan}[plan]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
         ({"strategy": "mp", "microbatches": 0}, ["microbatches is 0; give at least 1"]),
         (
             {"strategy": "ps", "servers": 1, "microbatches": 2},
-            ["microbatches is 2, but only --strategy dp and mp has that; leave it out"],
+            ["microbatches is 2, which only --strategy dp or mp has; leave it out"],
         ),
         ({"strategy": "dp", "threads": 0}, ["threads is 0; give at least 1"]),
         (

@@ -3,6 +3,9 @@
 Arguments: rank, workers, first and last model. Writes its address to standard output, reads those of all ranks from
 standard input, as JSON, and rank 0 prints a line for each model: the cut that Tricorn chooses, the best of all, the
 milliseconds of a step with each, those of the chosen cut in a pipeline built anew, and those of the worst.
+
+Which is the best is found in every second step, and what it takes in the others: the least of several medians is
+partly luck, and would make all others look slow.
 """
 
 import json
@@ -31,7 +34,7 @@ from tricorn.strategy import Batch
 SECRET = b"benchmark, on the loopback only."
 CPU = torch.device("cpu")
 LAYERS, BATCH, MICROBATCHES = 7, 128, 4
-WARM, LOOK, LONG = 1, 5, 25  # steps
+WARM, LOOK, LONG = 1, 5, 50  # steps
 AGAIN = 3  # of the other cuts, those that looked best
 
 
@@ -67,8 +70,8 @@ def pipeline_of(job: Job, cuts: tuple[int, ...], group: Group) -> tuple[Pipeline
     return Pipeline(job, [stage], group, schedule="1f1b", microbatches=MICROBATCHES), state
 
 
-def steps(job: Job, runs: list[tuple[Pipeline, FlatState]], count: int, group: Group) -> list[float]:
-    """Milliseconds of a step of each, medians of ``count`` taken in turn."""
+def steps(job: Job, runs: list[tuple[Pipeline, FlatState]], count: int, group: Group) -> list[list[float]]:
+    """Milliseconds of ``count`` steps of each, taken in turn, as rank 0 found them."""
     inputs, target = job.train.inputs, job.train.target
     times: list[list[float]] = [[] for _ in runs]
     for step in range(WARM + count):
@@ -81,9 +84,9 @@ def steps(job: Job, runs: list[tuple[Pipeline, FlatState]], count: int, group: G
             group.barrier()
             if step >= WARM:
                 row.append(1e3 * (time.perf_counter() - began))
-    slowest = torch.tensor([median(row) for row in times], dtype=torch.float64)
-    group.broadcast(slowest, 0)
-    return slowest.tolist()
+    taken = torch.tensor(times, dtype=torch.float64)
+    group.broadcast(taken, 0)
+    return taken.tolist()
 
 
 def compared(job: Job, group: Group) -> list:
@@ -95,14 +98,14 @@ def compared(job: Job, group: Group) -> list:
     group.broadcast(told, 0)
     chosen = tuple(told.tolist())
     every = list(combinations(range(1, LAYERS), stages - 1))
-    looks = dict(zip(every, steps(job, [pipeline_of(job, cuts, group) for cuts in every], LOOK, group), strict=True))
-    # The best of many short looks is partly luck.
+    looked = steps(job, [pipeline_of(job, cuts, group) for cuts in every], LOOK, group)
+    looks = dict(zip(every, map(median, looked), strict=True))
     others = sorted((cuts for cuts in every if cuts != chosen), key=looks.__getitem__)[:AGAIN]
     runs = [chosen, *others, chosen]
-    first, *took, second = steps(job, [pipeline_of(job, cuts, group) for cuts in runs], LONG, group)
-    long = dict(zip(others, took, strict=True)) | {chosen: first}
-    best = min(long, key=long.__getitem__)
-    return [chosen, best, first, long[best], second, max(looks.values())]
+    *took, again = steps(job, [pipeline_of(job, cuts, group) for cuts in runs], LONG, group)
+    found, judged = ({cuts: median(row[half::2]) for cuts, row in zip(runs, took, strict=False)} for half in (0, 1))
+    best = min(found, key=found.__getitem__)
+    return [chosen, best, judged[chosen], judged[best], median(again[1::2]), max(looks.values())]
 
 
 def main() -> None:
@@ -119,6 +122,7 @@ def main() -> None:
         found = compared(job_of(number), group)
         if rank == 0:
             print(json.dumps(found), flush=True)
+            print(f"{ranks} stages, model {number}: {found}", file=sys.stderr, flush=True)
     group.barrier()
     group.close()
     listener.close()

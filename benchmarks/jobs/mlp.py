@@ -20,8 +20,8 @@ def network() -> nn.Module:
 
 
 def deep() -> nn.Module:
-    layers = [layer for _ in range(8) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
-    return nn.Sequential(nn.Linear(256, 2048), *layers, nn.Linear(2048, 10))
+    layers = [layer for _ in range(32) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    return nn.Sequential(nn.Linear(256, 1024), *layers, nn.Linear(1024, 10))
 
 
 def make(model, steps: int, precision: str = "float32") -> tricorn.Job:

@@ -164,7 +164,12 @@ def main() -> None:
     group = Group(rank=rank, addresses=addresses, listener=listener, secret=SECRET, epoch=1, channel="line")
     pipeline_torch.meet(rank, RANKS, sys.argv[6])
     cases = [Case(name, schedule, microbatches, group) for schedule in schedules]
-    print(json.dumps([[case.round(turn, steps) for case in cases] for turn in range(rounds)]), flush=True)
+    found = []
+    for turn in range(rounds):
+        found.append([case.round(turn, steps) for case in cases])
+        if rank == 0:
+            print(f"{name}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    print(json.dumps(found), flush=True)
     group.barrier()
     pipeline_torch.leave()
     group.close()

@@ -26,6 +26,7 @@ import sysconfig
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class TricornError(Exception):
@@ -129,6 +130,27 @@ class Interrupted(TricornError):
 
 
 _LIBRARIES = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+
+
+def note(error: BaseException, function: str, **given: object) -> None:
+    """Add to an error which function of the job raised it, and shapes and types of what that was given."""
+    error.add_note(f"in the job's {function}, given " + ", ".join(f"{name} {form(it)}" for name, it in given.items()))
+
+
+def in_words(error: BaseException) -> str:
+    """An error that is not of Tricorn in words: its type, what it says, and its notes, a line each."""
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+
+
+def form(value: Any) -> str:
+    """What a value is: ``float32 (100, 10)`` of a tensor, the same of each in a tuple or dict, else its type."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {form(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(form, value)) + ")"
+    return type(value).__name__
 
 
 def users_line(error: BaseException) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from tricorn.errors import JobError, Problem
+from tricorn.fields import Named, nearest, shown
 from tricorn.table import Table
 
 Precision = Literal["float32", "float64", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(metaclass=Named):
     """A training task, the same for every strategy and any number of machines.
 
     An item of data is ``(inputs, target)``; ``inputs`` is a tensor, a tuple or a dict, handed to the model as
@@ -66,10 +67,22 @@ class Job:
             raise JobError(problems)
 
 
+def belongs(name: str) -> str:
+    """Where a job says what has that name, or nearly: ``tricorn.Job(epochs=...)``; empty if it does not."""
+    from tricorn import optim
+
+    if near := nearest(name, (field.name for field in fields(Job)), alike=0.8):
+        return f"tricorn.Job({near}=...)"
+    name = "lr" if name == "learning_rate" else name
+    kinds = (optim.SGD, optim.Adam, optim.Adagrad, optim.FTRL)
+    kind = next((kind.__name__ for kind in kinds if name in kind.__struct_fields__), "")
+    return kind and f"tricorn.Job(optimizer=tricorn.optim.{kind}({name}=...))"
+
+
 def _problems(job: Job) -> Iterator[Problem]:
     for name, what in (("model", "a callable that builds the module"), ("loss", "a function of (output, target)")):
         if not callable(getattr(job, name)):
-            yield Problem(name, _shown(getattr(job, name)), f"give {what}")
+            yield Problem(name, shown(getattr(job, name)), f"give {what}")
     if hasattr(job.model, "named_parameters") and not isinstance(job.model, type):
         yield Problem("model", f"a {type(job.model).__name__}", "give what builds it, not the module: model=Net")
     elif callable(job.model) and (needed := _required_parameters(job.model)):
@@ -79,38 +92,38 @@ def _problems(job: Job) -> Iterator[Problem]:
             yield Problem(f"optimizer.{name}", given, would_do)
     else:
         would_do = "give tricorn.optim.SGD, Adagrad, Adam, AdamW or FTRL (RowwiseAdagrad only to a tricorn.Table)"
-        yield Problem("optimizer", _shown(job.optimizer), would_do)
+        yield Problem("optimizer", shown(job.optimizer), would_do)
     yield from _data_problems(job)
     for name, low in (("batch_size", 1), ("epochs", 1), ("seed", 0)):
         value = getattr(job, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            yield Problem(name, _shown(value), f"give a whole number of at least {low}")
+            yield Problem(name, shown(value), f"give a whole number of at least {low}")
     for name in ("count", "schedule"):
         if getattr(job, name) is not None and not callable(getattr(job, name)):
-            yield Problem(name, _shown(getattr(job, name)), "give a function, or None")
+            yield Problem(name, shown(getattr(job, name)), "give a function, or None")
     clip = job.clip_norm
     if clip is not None and (
         isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip < float("inf")
     ):
-        yield Problem("clip_norm", _shown(clip), "give a number above 0, or None")
+        yield Problem("clip_norm", shown(clip), "give a number above 0, or None")
     if job.precision not in get_args(Precision):
-        yield Problem("precision", _shown(job.precision), "give one of " + ", ".join(get_args(Precision)))
+        yield Problem("precision", shown(job.precision), "give one of " + ", ".join(get_args(Precision)))
     if job.tables is not None:
         yield from _table_problems(job.tables)
     if not (isinstance(job.device, str) and job.device.split(":")[0] in ("auto", "cpu", "cuda")):
-        yield Problem("device", _shown(job.device), "give auto, cpu or cuda")
+        yield Problem("device", shown(job.device), "give auto, cpu or cuda")
 
 
 def _table_problems(tables: object) -> Iterator[Problem]:
     if not isinstance(tables, Mapping):
-        yield Problem("tables", _shown(tables), "give a dict of an embedding's name -> tricorn.Table(...), or None")
+        yield Problem("tables", shown(tables), "give a dict of an embedding's name -> tricorn.Table(...), or None")
         return
     for name, table in tables.items():
         if isinstance(table, Table):
             for field, given, would_do in table.mistakes():
                 yield Problem(f"tables[{name!r}].{field}", given, would_do)
         else:
-            yield Problem(f"tables[{name!r}]", _shown(table), "give tricorn.Table(...)")
+            yield Problem(f"tables[{name!r}]", shown(table), "give tricorn.Table(...)")
 
 
 def _data_problems(job: Job) -> Iterator[Problem]:
@@ -120,7 +133,7 @@ def _data_problems(job: Job) -> Iterator[Problem]:
         if data is None and name == "evaluate":
             continue
         if not (hasattr(data, "__len__") and (hasattr(data, "fetch") or hasattr(data, "__getitem__"))):
-            yield Problem(name, _shown(data), would_do)
+            yield Problem(name, shown(data), would_do)
         elif len(data) == 0:
             yield Problem(name, "data without samples", "give at least one sample")
     if job.evaluate is None and job.metrics:
@@ -128,11 +141,11 @@ def _data_problems(job: Job) -> Iterator[Problem]:
             "metrics", f"{', '.join(job.metrics)} without evaluate", "give evaluate=..., or leave metrics out"
         )
     if not isinstance(job.metrics, Mapping):
-        yield Problem("metrics", _shown(job.metrics), "give a dict of name -> function of (output, target)")
+        yield Problem("metrics", shown(job.metrics), "give a dict of name -> function of (output, target)")
         return
     for metric, function in job.metrics.items():
         if not callable(function):
-            yield Problem(f"metrics[{metric!r}]", _shown(function), "give a function of (output, target)")
+            yield Problem(f"metrics[{metric!r}]", shown(function), "give a function of (output, target)")
 
 
 def _required_parameters(model: Callable[..., Any]) -> str:
@@ -142,8 +155,3 @@ def _required_parameters(model: Callable[..., Any]) -> str:
         return ""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in variadic)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -104,12 +104,12 @@ class Launcher:
             self._display.notice("the coordinator is not heard from")
             self._give_up_coordinator()
         if self._stop_by is not None and time.monotonic() > self._stop_by:
-            raise Interrupted("the run was interrupted before it could save; it goes on from its last checkpoint")
+            raise Interrupted("interrupted before the run could save; it goes on from its last checkpoint")
         return None
 
     def _interrupted(self) -> None:
         if self._stop_by is not None:
-            raise Interrupted("the run was interrupted twice; it goes on from its last checkpoint")
+            raise Interrupted("interrupted twice; the run goes on from its last checkpoint")
         self._stop_by = time.monotonic() + STOP_SECONDS
         self._display.notice("interrupted: saving, then ending (once more to end at once)")
         self._tell(m.Stop())

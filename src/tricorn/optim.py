@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from tricorn.fields import NamedStruct
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 _Range = tuple[str, float, float]
 
 
-class _Declared(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
+class _Declared(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True, metaclass=NamedStruct
+):
     lr: float
 
     ranges: ClassVar[tuple[_Range, ...]] = (("lr", 0.0, float("inf")),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal, TypedDict
 
@@ -11,6 +12,7 @@ StrategyName = Literal["ps", "dp", "mp", "ps+dp", "ps+mp"]
 Consistency = Literal["bsp", "ssp", "asp"]
 Stale = Literal["keep", "scale", "compensate", "drop"]
 Compression = Literal["none", "bf16", "fp16", "int8", "topk", "powersgd"]
+RowCompression = Literal["none", "bf16", "fp16", "int8"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 Embeddings = Literal["whole", "rows", "columns", "tables"]
 
@@ -38,9 +40,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     of the model as ``dp`` or ``mp``. ``memory`` is how many bytes each worker may use; ``None`` leaves that to the
     machine.
 
-    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``local_steps`` above 1 lets
-    each worker, data parallel or of a parameter server, make that many updates by itself before they meet, by plain
-    ``average`` or by an ``outer`` step with Nesterov's momentum (DiLoCo); rows of tables are updated in every step.
+    ``compress`` is how gradients travel; what rounding loses is added to the next one. ``compress_tables`` is how those
+    of rows do, by the name of their table, where it differs. ``local_steps`` above 1 lets each worker, data parallel or
+    of a parameter server, make that many updates by itself before they meet, by plain ``average`` or by an ``outer``
+    step with Nesterov's momentum (DiLoCo); rows of tables are updated in every step.
     ``threads`` is the number of compute threads of each worker; ``None`` divides the machine's cores among them.
     """
 
@@ -63,9 +66,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     embeddings: Embeddings = "whole"
     memory: int | None = None
     compress: Compression = "none"
+    compress_tables: dict[str, RowCompression] = {}
     local_steps: int = 1
     outer: Literal["average", "nesterov"] = "nesterov"
     threads: int | None = None
+
+    def __hash__(self) -> int:
+        return hash(msgspec.json.encode(self, order="sorted"))  # that of a struct cannot have a dictionary
 
     @property
     def served(self) -> bool:
@@ -109,7 +116,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.outer != _default("outer") and self.local_steps == 1:
             found.append(f"outer is {self.outer}, but with one local step nobody goes astray; add --local-steps")
         found += [
-            f"{field} is {getattr(self, field)}, but only --strategy {' and '.join(having)} has that; leave it out"
+            f"{field} is {getattr(self, field)}, which only --strategy {_either(having)} has; leave it out"
             for field, having in _ONLY.items()
             if self.dense not in having and self.strategy not in having and getattr(self, field) != _default(field)
         ]
@@ -158,6 +165,7 @@ class Options(TypedDict, total=False):
     embeddings: Embeddings
     memory: int | None
     compress: Compression
+    compress_tables: dict[str, RowCompression]
     local_steps: int
     outer: Literal["average", "nesterov"]
     threads: int | None
@@ -169,12 +177,17 @@ _AT_LEAST = {
 }  # fmt: skip
 _ONLY: dict[str, tuple[StrategyName, ...]] = {
     "sparse_consistency": ("ps", "ps+dp", "ps+mp"), "stale": ("ps",), "zero": ("dp", "mp"), "balance": ("dp",),
-    "compress": ("ps", "dp"), "local_steps": ("dp", "ps"), "outer": ("dp", "ps"), "microbatches": ("dp", "mp"),
-    "replicas": ("mp",), "tensor": ("mp",), "cuts": ("mp",), "schedule": ("mp",), "chunks": ("mp",),
-    "recompute": ("mp",), "embeddings": ("dp", "mp"),
+    "compress": ("ps", "dp"), "compress_tables": ("ps", "ps+dp", "ps+mp"), "local_steps": ("dp", "ps"),
+    "outer": ("dp", "ps"), "microbatches": ("dp", "mp"), "replicas": ("mp",), "tensor": ("mp",), "cuts": ("mp",),
+    "schedule": ("mp",), "chunks": ("mp",), "recompute": ("mp",), "embeddings": ("dp", "mp"),
 }  # fmt: skip
+
+
+def _either(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @cache
 def _default(field: str) -> object:
-    return {info.name: info.default for info in msgspec.structs.fields(Plan)}[field]
+    return getattr(Plan(strategy="dp"), field)

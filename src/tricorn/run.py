@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Unpack
+
+import msgspec
 
 from tricorn import errors
 from tricorn import folder as folders
@@ -23,13 +27,14 @@ from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
+from tricorn.fields import shown
 from tricorn.job import Job
 from tricorn.launcher import Launcher
 from tricorn.plan import Options, Plan
 from tricorn.planner import learn, load
 from tricorn.planner.auto import choose, outlook
 from tricorn.planner.explain import named, seconds
-from tricorn.planner.options import settled
+from tricorn.planner.options import checked, settled
 from tricorn.planner.replan import Outlook, Watch
 from tricorn.ps import caution
 from tricorn.report.progress import Progress, progress
@@ -84,9 +89,14 @@ def train(
     Ctrl-C, when the run can be resumed.
     """
     expected: Outlook | None = None
+    if not isinstance(job, Job):
+        raise UsageError(f"the job is {shown(job)}", remedy="Give a tricorn.Job; `tricorn train FILE` takes a file.")
+    if not isinstance(plan, Plan | None):
+        raise UsageError(f"the plan is {shown(plan)}", remedy="Give a tricorn.Plan, or a strategy by its name.")
+    given = dict(options)
+    strategy = given.pop("strategy", "auto")
+    checked({"strategy": "dp" if strategy == "auto" else strategy, **given}, beside=inspect.signature(train).parameters)
     if plan is None:
-        given = dict(options)
-        strategy = given.pop("strategy", "auto")
         if strategy != "auto":
             plan = settled(strategy, given)
         elif engine is not LocalEngine or resume is not None:
@@ -95,6 +105,8 @@ def train(
             plan, expected = choose(job, given)
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
+    else:
+        plan = checked(msgspec.structs.asdict(plan))
     if expected is None and engine is LocalEngine:
         expected = outlook(job, plan, thorough=replan)
     folder = folders.find(resume, Path(runs)) if resume is not None else None
@@ -126,7 +138,11 @@ def execute(
     display = progress()
     launcher: Launcher | None = None
 
+    by = ""  # who interrupted it
+
     def interrupted(signum: int, frame: FrameType | None) -> None:
+        nonlocal by
+        by = "by the user" if signum == signal.SIGINT else "by SIGTERM"
         if launcher is None:
             raise KeyboardInterrupt
         launcher.interrupt()
@@ -156,7 +172,7 @@ def execute(
                     folder = folder or folders.create(runs, facts, plan)
                     watch = Watch(expected, left) if expected else None
                     with folders.held(folder):
-                        folders.predict(folder, expected.prediction.as_dict() if expected else None)
+                        folders.predict(folder, expected.as_dict() if expected else None)
                         leaves = _looks(watch, facts, display, replan=replan)
                         launcher = _launcher(
                             engine, coordinator, facts, plan, timing, folder, display, launch=launch, leaves=leaves
@@ -176,18 +192,18 @@ def execute(
                 expected = replace(expected, prediction=better, ground=ground)
         except KeyboardInterrupt:
             if left:
-                raise _located(Interrupted("the run was interrupted while it changed over"), folder) from None
-            raise Interrupted("the run was interrupted before it began", remedy="Start it again.") from None
+                raise _located(Interrupted(f"interrupted {by} while it changed over"), folder, job) from None
+            raise Interrupted(f"interrupted {by} before the run began", remedy="Start it again.") from None
         except TricornError as error:
-            raise _located(error, folder) from error.__cause__
+            raise _located(error, folder, job) from error.__cause__
         finally:
             display.close()
     if ended.error is not None:
-        raise _located(_error(ended.error), folder)
+        raise _located(_error(ended.error), folder, job)
     if ended.outcome == "stopped":
         steps, saved = ended.summary["steps"], ended.summary["saved"]
-        what = "and is saved" if saved == steps else f"and goes on from {f'step {saved}' if saved else 'the beginning'}"
-        raise _located(Interrupted(f"the run was interrupted at step {steps} {what}"), folder)
+        what = "and saved" if saved == steps else f"to go on from {f'step {saved}' if saved else 'the beginning'}"
+        raise _located(Interrupted(f"interrupted {by} at step {steps}, {what}"), folder, job)
     display.finished(ended.summary)
     return ended.summary, folder
 
@@ -280,10 +296,12 @@ def _error(failed: m.Failed) -> TricornError:
     return error
 
 
-def _located(error: TricornError, folder: Path | None) -> TricornError:
-    """The error, with the run's folder where its remedy speaks of RUN."""
+def _located(error: TricornError, folder: Path | None, job: Job | tuple[str, str]) -> TricornError:
+    """The error, with the run's folder where its remedy speaks of RUN, and the way on of who came from Python."""
     if folder is not None:
-        error.remedy = error.remedy.replace("RUN", os.path.relpath(folder))
+        if isinstance(job, Job):
+            error.remedy = error.remedy.replace("tricorn train --resume RUN", "tricorn.train(job, resume='RUN')")
+        error.remedy = error.remedy.replace("RUN", shlex.quote(os.path.relpath(folder)))
     return error
 
 

@@ -6,13 +6,14 @@ from typing import Literal
 
 import msgspec
 
+from tricorn.fields import NamedStruct
 from tricorn.optim import RowOptimizer
 
 # An embedding that the job does not speak of is a table from here on, if rows and whole weights come to the same.
 LARGE = 1 << 20  # elements
 
 
-class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=NamedStruct):
     """How the job trains the ``nn.Embedding`` or ``nn.EmbeddingBag`` of one name.
 
     A row begins as a function of the job's seed, the table's name and the id alone: ``std`` times a standard normal

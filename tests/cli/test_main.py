@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tricorn import __version__
+from tricorn.engine import loading
+from tricorn.errors import UsageError
 
 TRICORN = Path(sys.executable).with_name("tricorn")
 
@@ -43,23 +45,26 @@ def test_the_doctor_speaks_json(tmp_path):
     ("arguments", "said"),
     [
         (["train"], "tricorn train FILE.py"),
-        (["train", "nowhere.py"], "there is no file nowhere.py"),
-        (["train", "empty.py"], "there is no job"),
-        (["train", "empty.py:other"], "there is no other"),
         (["train", "empty.py", "--strategy", "dp", "--servers", "3"], "only --strategy ps has servers"),
         (["train", "empty.py", "--workers", "0"], "give at least 1"),
         (["train", "empty.py", "--checkpoint-every", "soon"], "such as 30s"),
         (["train", "--resume", "nothing"], "there is no run nothing"),
         (["train", "broken.py"], "1 / 0"),
         (["train", "empty.py", "--heartbeat-timeout", "0"], "at least 0.5"),
-        (["train", "empty.py", "--runs", "empty.py"], "there is no job"),
         (["train", "--wrokers", "2"], "No such option"),
     ],
 )
 def test_wrong_usage(tmp_path, arguments, said):
-    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "empty.py").touch()
     (tmp_path / "broken.py").write_text("x = 1 / 0\n")
     done = tricorn(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize(("file", "name"), [("empty.py", "job"), ("empty.py", "other"), ("nowhere.py", "job")])
+def test_a_job_that_is_not_there(tmp_path, file, name):
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(UsageError, match="there is no " + (name if file == "empty.py" else "file .*nowhere.py")):
+        loading.load(str(tmp_path / file), name, None)

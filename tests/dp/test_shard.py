@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tricorn.dp.shard_gather import Gatherer, Saved
 from tricorn.dp.shard_units import blocks
 from tricorn.errors import Diverged, PeerLost, PlanError
 from tricorn.state.shards import write_shard
@@ -147,6 +148,19 @@ def test_a_weight_used_outside_of_its_block_is_an_error(crew):
     (error,) = team.step(0, *(tensor[:13] for tensor in team.job.train.tensors))
     assert isinstance(error, PlanError)
     assert "outside of the block's forward; use zero=2" in str(error)
+
+
+def test_under_bfloat16_autograd_keeps_no_casts_of_weights(crew, monkeypatch):
+    kept, pack = [], Gatherer.pack
+    monkeypatch.setattr(Gatherer, "pack", lambda self, saved: kept.append(pack(self, saved)) or kept[-1])
+    teams = [crew(job(model=deep, precision="bfloat16"), 2, zero=zero) for zero in (2, 3)]
+    for team in teams:
+        team.join("initial")
+        team.train(0, 3)
+    assert {note.cast[1] for note in kept if isinstance(note, Saved) and note.cast} == {torch.bfloat16}
+    shapes = {tuple(sorted(tensor.shape)) for tensor in kept if isinstance(tensor, torch.Tensor)}
+    assert not shapes & {(16, 16), (4, 16)}
+    assert distance(teams[1], whole(teams[0])) <= 1e-7
 
 
 def test_memory_falls(crew):

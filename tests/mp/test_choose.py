@@ -43,6 +43,12 @@ def test_pinned_cuts_are_taken_or_refused():
         chosen(Plan(strategy="mp", workers=2, cuts=(9,)))
 
 
+def test_a_slow_worker_gets_as_much_less_to_do():
+    plan = Plan(strategy="mp", workers=2, schedule="1f1b")
+    for slowness, cuts in (([1.0, 5.0], {(4,), (5,)}), ([5.0, 1.0], {(1,), (2,)})):
+        assert choose(job(), plan, 2, 4, 4, CPU, slowness=slowness).cuts in cuts
+
+
 def test_the_estimate_grows_with_the_state():
     first, second = chosen(Plan(strategy="mp", workers=2, cuts=(1,))).bytes
     # Five layers beside one: weights, gradients, two slots, and a copy of weights and slots; one more temporary.

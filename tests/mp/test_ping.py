@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
 from tricorn.mp.cut import SHARED
-from tricorn.mp.ping import slowest_link
+from tricorn.mp.ping import slowest_link, slowness_of_each
 
 SECRET = b"s" * 32
 
 
-def links(hosts: list[str]) -> list:
+def links(hosts: list[str], find=lambda group: slowest_link(group, group)) -> list:
     """What each of the workers finds, who say to be on these hosts."""
     listeners = [PeerListener(SECRET) for _ in hosts]
     for listener in listeners:
@@ -25,7 +27,7 @@ def links(hosts: list[str]) -> list:
             host=hosts[rank],
         )  # fmt: skip
         try:
-            return slowest_link(group, group)
+            return find(group)
         finally:
             group.barrier()
             group.close()
@@ -47,6 +49,14 @@ def test_between_hosts_all_know_what_the_slowest_takes():
     assert others == [first] * 2
     assert first.copy == SHARED.copy
     assert first.latency > 0
+
+
+def test_all_know_the_same_of_how_fast_each_is(monkeypatch):
+    monkeypatch.setattr("tricorn.mp.ping.TRIED", 0.02)
+    first, second = links(["one", "two"], lambda group: slowness_of_each(group, torch.device("cpu")))
+    assert first == second
+    assert min(first) == 1.0
+    assert len(first) == 2
 
 
 def test_a_single_stage_has_no_links():

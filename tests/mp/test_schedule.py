@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tricorn.mp.schedule import Parcel, arrivals, choose_microbatches, needed, order, split, target
+from tricorn.mp.schedule import Parcel, arrivals, choose_microbatches, gathered, needed, order, split, target
 from tricorn.mp.simulate import Work, crowded, most_in_flight, simulate
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -154,6 +154,30 @@ def test_fewer_cores_than_workers_are_never_idle_for_less_or_work_faster(pipelin
     alone = sum(works[a.chunk * len(orders) + r].of(a.kind) for r, actions in enumerate(orders) for a in actions)
     assert crowded(orders, works, 1) == pytest.approx(alone)
     assert max(enough, alone / 2) - 1e-9 <= crowded(orders, works, 2) <= alone + 1e-9
+
+
+@given(pipelines(), st.integers(1, 30), st.lists(st.floats(0.001, 1), min_size=32, max_size=32))
+def test_weight_gradients_that_are_put_together_are_the_same_work_in_an_order_that_can_be_carried_out(
+    pipeline, together, seconds
+):
+    _, orders, chunks, _ = pipeline
+    works = [Work(f, f / 2, f / 3) for f in seconds[: len(orders) * chunks]]
+    later = [gathered(actions, [together] * chunks) for actions in orders]
+    for rank, (actions, those) in enumerate(zip(orders, later, strict=True)):
+        before, after = (sum(works[a.chunk * len(orders) + rank].of(a.kind) for a in each) for each in (actions, those))
+        assert after == pytest.approx(before)
+        assert together > 1 or those == actions
+    assert simulate(later, works).seconds > 0
+
+
+def test_weight_gradients_wait_for_as_many_as_are_put_together_or_for_the_end():
+    def written(together):
+        actions = gathered(order("1f1b", 1, 2, 5), [together])
+        return " ".join(action.kind for action in actions)
+
+    assert written(1) == "F B F B F B F I W F I W"
+    assert written(2) == "F I F W B F I F I W W F I W"
+    assert written(9) == "F I F I F I F I F I W W W W W"
 
 
 @given(st.integers(1, 1000), st.integers(1, 64))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tricorn.planner.cluster import Cluster
 from tricorn.planner.explain import explain, named, seconds, size
 from tricorn.planner.ground import Ground
 from tricorn.planner.search import Planning, search
@@ -27,6 +28,11 @@ def numbers_of(found: Planning, on: Ground) -> set[str]:
         durations = [p.seconds, p.low, p.high, p.seconds * on.profile.steps, *p.terms.values()]
         known |= {seconds(value) for value in durations} | {size(value) for value in p.memory.values()}
         known |= {f"{p.penalty:.2f}"}
+        known |= {f"{min(1.0, p.lost):.2%}".rstrip("%")}
+    assert found.chosen is not None
+    workers, servers = on.places(found.chosen.plan)
+    hosts = len(on.cluster.hosts)
+    known |= {str(hosts), str(hosts - len({*workers, *servers}))}
     known |= {size(host.memory) for host in on.cluster.hosts}
     texts = [named(p.plan) for p in (*found.ranked, *found.rejected)] + [
         role for p in found.ranked for role in p.memory
@@ -45,6 +51,8 @@ def numbers_of(found: Planning, on: Ground) -> set[str]:
         ground(profile(elements=20_000, batch=0.005)),
         ground(profile(busy=0.43)),
         ground(cluster=apart(4, mbit=100)),
+        ground(recommender(), apart(4, mbit=10)),
+        ground(cluster=apart(4, failures_per_day=300.0)),
         ground(profile(elements=400_000_000, batch=2.0), apart(4, memory=5 * GB)),
     ],
 )
@@ -76,6 +84,27 @@ def test_less_memory_is_the_reason_for_no_replica() -> None:
     assert rich.chosen.plan.zero == 0
     assert poor.chosen.plan.zero > 0 or poor.chosen.plan.strategy != "dp"
     assert any("out of the question: needs" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "why"),
+    [
+        (apart(4, mbit=1), "3 of the 4 machines stay unused: .* would take .* takes .* there"),
+        (apart(4, failures_per_day=3000.0), "failures would take 100.00% of its time"),
+        (machine(), None),
+    ],
+)
+def test_it_is_said_why_machines_stay_unused(cluster: Cluster, why: str | None) -> None:
+    _, said = reasons(ground(cluster=cluster))
+    if why is None:
+        assert not any("unused" in sentence or "failures" in sentence for sentence in said)
+    else:
+        assert any(re.search(why, sentence) for sentence in said)
+
+
+def test_a_core_that_stays_unused_is_told() -> None:
+    found = search(ground(), can_run, {"workers": 3, "strategy": "dp"}, approximate=False)
+    assert any(re.match("1 of the 4 cores stays unused: no other plan", each) for each in explain(found, ground()))
 
 
 def test_what_was_measured_on_a_busy_machine_is_said_to_be() -> None:

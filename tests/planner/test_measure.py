@@ -20,6 +20,7 @@ from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.load import Quiet
 from tricorn.planner.profiler import crowds, profile, shares
 from tricorn.planner.rehearse import Found, Read, chain, rehearse, rows
+from tricorn.planner.surveyor import why_not
 from tricorn.planner.sweep import collectives
 
 SAMPLES = 64
@@ -137,6 +138,13 @@ def test_the_ids_of_a_table_are_counted() -> None:
     assert set(found.compute) == {"1x1", "rows 1x1"}
     assert set(found.rows) == {f"{kind}/{way}/1" for kind in ("known", "new") for way in ("ps", "asp", "served")}
     assert all(point.seconds > 0 for curve in found.rows.values() for point in curve.points)
+
+
+def test_a_refusal_says_what_to_do() -> None:
+    untold = job(partial(nn.Embedding, 50, 8, device="meta"), torch.zeros(SAMPLES, dtype=torch.long))
+    refusal = why_not(untold, Plan(strategy="mp", workers=2, tensor=2))
+    assert refusal is not None
+    assert "has no weights; Declare it" in refusal
 
 
 def test_what_a_fork_raises_is_raised_here() -> None:

@@ -78,6 +78,15 @@ def test_a_seed_says_all() -> None:
         assert one.mean != other.mean
 
 
+def test_the_doubt_of_a_busy_machine_is_drawn_once() -> None:
+    on = ground(profile(batch=5.0, busy=0.4), apart(64, mbit=100_000.0))
+    found = [simulate(Plan(strategy="dp", workers=64), on, steps=20, seed=seed) for seed in range(3)]
+    assert all(each.p90 == pytest.approx(each.median) for each in found)
+    assert all(each.waiting["worker"] == pytest.approx(0, abs=1e-6) for each in found)
+    assert len({each.mean for each in found}) == 3
+    assert found[0].busy == 0.4
+
+
 def stalling(count: int, share: float, **host: Any) -> Cluster:
     return apart(count, mbit=100_000.0, stalls=share, stall_times=10.0, **host)
 

@@ -131,6 +131,27 @@ def test_all_clients_declare_the_same() -> None:
         connect(servers, rank=1, **declared(consistency="asp", staleness=9))
 
 
+def test_who_waits_for_a_client_hears_that_it_has_left() -> None:
+    bsp = declared(consistency="bsp")
+    with serving(2, workers=2) as servers:
+        with pytest.raises(ProtocolError, match="rows cannot be synchronous"):
+            connect(servers, **declared(sparse_consistency="bsp"))
+        with pytest.raises(PeerLost, match="the client of rank 0 has left"):  # before it could say what is held
+            connect(servers, rank=1, **bsp)
+        with connect(servers, **bsp) as first, connect(servers, rank=1, **bsp) as second:
+            waiting = first.push()
+            second.close()
+            with pytest.raises(PeerLost, match="the client of rank 1 has left") as error:
+                waiting.wait()
+            assert "under its rank" in (error.value.remedy or "")
+        with connect(servers, rank=1, **bsp) as second, connect(servers, **bsp) as first:
+            for client in (first, second):
+                client.gradients["b"].fill_(1.0)
+            for ticket in [first.push(), second.push(), first.pull()]:
+                ticket.wait()
+            assert first.weights["b"].item() in (-0.25, -0.5)  # the first may have been heard before it was told
+
+
 def test_mistakes_are_told_by_name() -> None:
     with serving() as servers:
         tables = {"t": (2, Table(std=0.1))}
@@ -158,6 +179,8 @@ def test_mistakes_are_told_by_name() -> None:
         ({"staleness": -1}, "staleness is -1"),
         ({"compress": "zip"}, "no encoding 'zip'"),
         ({"compress": "topk", "tables": tables}, "topk leaves"),
+        ({"compress_tables": {"t": "topk"}, "tables": tables}, "no encoding 'topk'"),
+        ({"compress_tables": {"u": "int8"}, "tables": tables}, "the table 'u'"),
     ):
         with pytest.raises(UsageError, match=words):
             connect(servers, **declared(**wrong))

@@ -29,7 +29,8 @@ from .cluster import SECRET, Cluster, batches, distance, make_job, plain, step_o
 
 Build = Callable[..., Cluster]
 INTRUDER = 1  # a rank of the run under attack that no trainer has
-many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROUNDS = int(os.environ.get("TRICORN_ROUNDS", 1))
+many = settings(max_examples=80 * ROUNDS, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Attacked:

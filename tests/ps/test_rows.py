@@ -206,6 +206,31 @@ def test_gradients_may_travel_shortened(hub: Build, compress: str) -> None:
     assert sum(line.frames[1].length for line in client._wire.servers) < plain / 2 + 300 * 8
 
 
+@pytest.mark.parametrize(
+    ("whole", "by_table", "exact"),
+    [("none", {"emb": "int8"}, (True, False, True)), ("int8", {"emb": "none", "other": "bf16"}, (False, True, False))],
+)
+def test_each_table_may_travel_in_its_own_way(
+    hub: Build, whole: str, by_table: dict[str, str], exact: tuple[bool, ...]
+) -> None:
+    def sent(compress: str, compress_tables: dict[str, str]) -> tuple[int, list[torch.Tensor]]:
+        run = hub(spec(), spec("other"), consistency="asp")
+        (client,) = run.begin(compress=compress, compress_tables=compress_tables)
+        values = torch.randn(303, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
+        rows = [RowGradients(table, torch.arange(300), values[:300]) for table in (0, 1)]
+        weights_N, asked = dense(), [wanted(range(300), table) for table in (0, 1)]
+        client.push(0, [0], values[300:, 0].contiguous(), rows, factor=1.0)
+        client.pull(weights_N, asked)
+        return client._wire.servers[0].frames[2].length, [weights_N, *(each.out_UD for each in asked)]
+
+    size, plain = sent("none", {})
+    smaller, found = sent(whole, by_table)
+    assert tuple(torch.equal(a, b) for a, b in zip(plain, found, strict=True)) == exact
+    encoded = {"none": 9600, "int8": 1200 + 5 * 4, "bf16": 2400}  # of 300 rows of 4 float64
+    saved = sum(9600 - encoded[by_table.get(name, whole)] for name in ("emb", "other"))
+    assert abs(size - smaller - saved) < 32  # and of three dense elements
+
+
 @pytest.mark.parametrize("consistency", ["bsp", "asp"])
 def test_prefilled_rows_begin_as_the_model_gave_them(hub: Build, consistency: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("tricorn.ps.client._LOAD_BYTES", 1000)
@@ -263,6 +288,24 @@ def test_a_gradient_that_is_not_finite_has_no_effect(hub: Build, where: str, val
     assert torch.equal(weights_N, dense())
     assert torch.equal(read(client, [1, 2]), initial([1, 2]))
     assert client.push(8, [0], dense(1.0), factor=1.0).versions == [1]
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_an_id_that_is_pushed_twice_is_refused_or_added_up(hub: Build, tables: int) -> None:
+    run = hub(*(spec(name) for name in ("emb", "b")[:tables]), consistency="asp")
+    (client,) = run.begin()
+    client.push(0, [0], dense(1.0), [gradients([1, 2], 1.0)], factor=1.0)
+    for step, ids in enumerate(([1, 2, 1], [3, 3]), 1):  # of rows that there are, and that there are not
+        with pytest.raises(ProtocolError, match="ids of table 'emb' come twice"):
+            client.push(step, [1], dense(1.0), [gradients(ids, 1.0)], factor=1.0)
+        (client,) = run.begin("keep")
+        assert client.pull(dense()) == [1]
+        assert torch.equal(read(client, [1, 2, 3]), initial([1, 2, 3]) - torch.tensor([[0.5], [0.5], [0.0]]))
+    run = hub(spec(), consistency="bsp")
+    (client,) = run.begin()
+    client.push_sum(0, (0.0, 1, 1, 0, 0), dense(1.0), [gradients([1, 2, 1], 1.0)])
+    client.pull_version(1, dense(), scale=1.0, factor=1.0)
+    assert torch.equal(read(client, [1, 2]), initial([1, 2]) - torch.tensor([[1.0], [0.5]]))
 
 
 @pytest.mark.parametrize("dense_too", [True, False])

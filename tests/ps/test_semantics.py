@@ -59,7 +59,7 @@ class Worker:
     def __init__(self, world: World, rank: int, life: Callable[[Worker], Life]) -> None:
         self.world, self.rank, self.alive = world, rank, True
         self.replies: dict[int, deque[Reply]] = defaultdict(deque)
-        self.rows = Rows(world.specs, world.stops, "none")
+        self.rows = Rows(world.specs, world.stops, ["none"] * len(world.specs))
         self.clock = 0  # its pushes
         self.begun = False
         self.steadily = True  # it has begun and not stopped working since

@@ -11,6 +11,7 @@ from torch import nn
 
 import tricorn
 from tricorn import Table, optim
+from tricorn.cli.train import encodings
 from tricorn.errors import PlanError, UsageError
 from tricorn.plan import Plan
 from tricorn.ps import caution, strategy
@@ -386,12 +387,21 @@ def test_what_only_servers_can_train(table: Table, optimizer: Any, reason: str) 
         ({"consistency": "asp", "sparse_consistency": "bsp"}, "sparse_consistency bsp needs agreed steps"),
         ({"compress": "powersgd"}, "powersgd needs all workers"),
         ({"compress": "topk"}, "topk leaves most of a row's gradient behind"),
+        ({"compress_tables": {"nobody": "bf16"}}, "the table 'nobody', which there is not; the tables are: 'pairs', "),
         ({"consistency": "asp", "compress": "int8", "stale": "drop"}, "stale drop throws gradients away"),
     ],
 )
 def test_plans_that_contradict_themselves(options: dict[str, Any], reason: str) -> None:
     plan = Plan(strategy="ps", servers=1, **options)
     assert reason in (strategy.why_not(make_job(), plan) or "")
+
+
+def test_rows_need_not_travel_as_the_dense_part_does() -> None:
+    options = encodings(["topk", "pairs=bf16", "bags=none"])
+    assert strategy.why_not(make_job(), Plan(strategy="ps", servers=1, **options)) is None
+    for wrong in ("zip", "pairs=topk"):
+        with pytest.raises(UsageError, match="there is no encoding"):
+            encodings([wrong])
 
 
 def test_a_person_is_warned_of_momentum_in_asynchronous_runs() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -190,50 +191,57 @@ def test_a_barrier_is_passed_together_or_without_those_who_left(client: Connect,
 WORKER = """
 import sys, torch
 from tricorn.ps.client import Client
-client = Client([("127.0.0.1", int(sys.argv[1]))], [(0, int(sys.argv[2]))], b"s" * 32, rank=1, incarnation=1, epoch=0,
-                share=sys.argv[3] == "True")
-client.connect()
+clients = [
+    Client([("127.0.0.1", int(sys.argv[1]))], [(0, int(sys.argv[2]))], b"s" * 32, rank=rank, incarnation=1, epoch=0,
+           share=rank == 1)
+    for rank in (1, 2)
+]
+for client in clients:
+    client.connect()
 print("connected", flush=True)
-client.push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), torch.zeros(int(sys.argv[2])))
+clients[0].push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), torch.zeros(int(sys.argv[2])))
 """
 
 
-@SHARES
-def test_a_worker_that_is_killed_is_seen_at_once(server: Server, client: Connect, share: bool) -> None:
-    client(share=share, consistency="bsp")
-    command = [sys.executable, "-c", WORKER, str(server.address[1]), str(N), str(share)]
+def test_a_worker_that_is_killed_is_seen_at_once(server: Server, client: Connect) -> None:
+    """Through shared memory, where it waits, and by a socket."""
+    client(share=True, consistency="bsp")
+    command = [sys.executable, "-c", WORKER, str(server.address[1]), str(N)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"connected\n"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     began = time.monotonic()
-    while 1 in server._call(lambda: [*server._workers]):
+    while server._call(lambda: [*server._workers]) != [0]:
         assert time.monotonic() - began < 1
 
 
 SERVER = """
 import json, threading
 from tricorn.ps.standing import serve
-serve(b"s" * 32, "127.0.0.1", 0, 2, None, None, lambda address: print(json.dumps(address), flush=True))
+serve(b"s" * 32, "127.0.0.1", 0, 3, None, None, lambda address: print(json.dumps(address), flush=True))
 """
 
 
-@SHARES
-def test_a_server_that_is_killed_is_seen_at_once(share: bool) -> None:
+def test_a_server_that_is_killed_is_seen_at_once() -> None:
+    """By two that wait for a third, through shared memory and by a socket."""
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE) as process:
         assert process.stdout
         address = tuple(json.loads(process.stdout.readline()))
         clients = [
-            Client([address], [(0, N)], SECRET, rank=rank, incarnation=1, epoch=0, share=share) for rank in (0, 1)
+            Client([address], [(0, N)], SECRET, rank=rank, incarnation=1, epoch=0, share=rank == 0) for rank in (0, 1)
         ]
         for each in clients:
             each.connect()
         clients[0].create([description("bsp")], lambda: torch.zeros(N))
         killing = threading.Timer(0.1, os.kill, (process.pid, signal.SIGKILL))
         killing.start()
-        with pytest.raises(PeerLost):
-            clients[0].push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), torch.zeros(N))
+        with ThreadPoolExecutor(2) as pool:
+            pushes = [pool.submit(each.push_sum, 0, (0.0, 1.0, 1.0, 0.0, 0.0), torch.zeros(N)) for each in clients]
+            for push in pushes:
+                with pytest.raises(PeerLost):
+                    push.result(10)
         for each in clients:
             each.close()
         killing.join()

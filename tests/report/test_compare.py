@@ -56,7 +56,7 @@ def test_one_line_says_both() -> None:
         "worst_term": "compute",
     }
     assert sentence(summary) == (
-        "a step took 12 ms, predicted 10 (9 to 11); furthest off: computing, 10 ms, predicted 7"
+        "a step took 12 ms, predicted 10 (9 to 11); the largest difference is in computing: 10 ms, predicted 7"
     )
     assert not sentence({"measured": summary["measured"]})
     assert not sentence({})

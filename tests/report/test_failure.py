@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from tricorn.errors import PeerLost, TricornError, UserCodeError
+from tricorn.errors import Interrupted, PeerLost, TricornError, UserCodeError
 from tricorn.report.failure import show
 
 
@@ -19,6 +19,14 @@ def test_an_error_ends_with_the_users_line_and_the_remedy() -> None:
         "error: ZeroDivisionError: division by zero",
         "where: net.py:12 in forward: x / 0",
         f"what to do: {UserCodeError.remedy}",
+    ]
+
+
+def test_an_interruption_is_no_error() -> None:
+    assert shown(Interrupted("interrupted by the user at step 7", remedy="Go on with `x`.")).splitlines() == [
+        "",
+        "interrupted by the user at step 7",
+        "Go on with `x`.",
     ]
 
 

@@ -35,7 +35,7 @@ def train(shown: Progress, clock: VirtualClock, *, evaluate: bool) -> None:
     for step in range(1, 41):
         clock.advance(2.0)
         epoch = (step - 1) // 20
-        shown.step(step, epoch=epoch, loss=1 / step, samples_per_second=50.0)
+        shown.step(step, epoch=epoch, loss=1 / step, samples_per_second=50.0 if step > 1 else 0.0)
         if evaluate and step % 20 == 0:
             shown.evaluated(epoch, {"accuracy": 0.9 + epoch / 20})
     shown.finished(SUMMARY)
@@ -62,6 +62,15 @@ def test_an_epoch_without_evaluation_has_its_line_too() -> None:
         "epoch 1/2 done  loss 0.0500  50 samples/s",
         "epoch 2/2 done  loss 0.0250  50 samples/s",
     ]
+
+
+def test_a_rate_is_told_once_it_is_known() -> None:
+    stream, clock = io.StringIO(), VirtualClock()
+    shown = Progress(stream, every=0.0, now=clock.now)
+    for step, rate in enumerate((0.0, 0.4, 50.0, 1234.5), 1):
+        shown.step(step, epoch=0, loss=1.0, samples_per_second=rate)
+    rates = [line.partition("loss 1.0000")[2] for line in stream.getvalue().splitlines()]
+    assert rates == ["", "  0.40 samples/s", "  50 samples/s", "  1,234 samples/s"]
 
 
 def test_a_notice_is_told_at_once() -> None:

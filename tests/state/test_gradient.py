@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tricorn import optim
-from tricorn.errors import JobFailed
+from tricorn.errors import JobFailed, in_words
 from tricorn.job import Job
 from tricorn.state.flat import build_model
 from tricorn.state.gradient import forward, forward_backward, placed, squared_norm
@@ -53,6 +53,24 @@ def test_a_loss_that_is_a_sum_is_refused() -> None:
     with pytest.raises(JobFailed, match="is a sum over the samples") as raised:
         forward_backward(job, build_model(job), Batch(inputs, target, 7, 7))
     assert "reduction=" in raised.value.remedy
+
+
+def test_what_does_not_match_is_told_with_its_shapes() -> None:
+    def told(inputs: torch.Tensor, target: torch.Tensor, **changes) -> str:
+        job = make_job(**changes)
+        with pytest.raises(RuntimeError) as raised:
+            forward_backward(job, build_model(job), Batch(inputs, target, len(inputs), len(inputs)))
+        return in_words(raised.value).splitlines()[-1]
+
+    said = "in the job's loss, given output float32 (7, 2), target float32 (7, 3), inputs float32 (7, 3)"
+    assert told(torch.zeros(7, 3), torch.zeros(7, 3), loss=lambda output, target: (output - target).mean()) == said
+    assert told(torch.zeros(7, 5), torch.zeros(7, 2)) == "in the job's model, given inputs float32 (7, 5)"
+
+
+def test_a_loss_that_is_not_one_number_is_refused() -> None:
+    job = make_job(loss=lambda output, target: (output - target).square())
+    with pytest.raises(JobFailed, match=r"gives float32 \(7, 2\), not one number, of output float32 \(7, 2\)"):
+        forward_backward(job, build_model(job), Batch(torch.zeros(7, 3), torch.zeros(7, 2), 7, 7))
 
 
 def test_whether_a_loss_is_a_mean_is_found_out_without_drawing_a_number() -> None:

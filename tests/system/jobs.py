@@ -36,7 +36,6 @@ sgd32, sgd64 = make(SGD, "float32"), make(SGD, "float64")
 adam32, adam64 = make(ADAM, "float32"), make(ADAM, "float64")
 long = make(SGD, "float64", epochs=60)  # 420 steps: long enough to be disturbed
 local = make(tricorn.optim.SGD(lr=0.1), "float64", epochs=60)
-endless = make(SGD, "float64", epochs=10**6)
 dropout = make(
     SGD, "float64", epochs=20,
     model=lambda: nn.Sequential(nn.Linear(12, 32), nn.Dropout(0.3), nn.Tanh(), nn.Linear(32, 24), nn.Linear(24, 3)),

@@ -40,7 +40,7 @@ def circuit(names: list[str]) -> list[str]:
     return walk[::-1]
 
 
-WALKS = [["ps+dp", "tp2", "dp2 x pp2"]]
+WALKS = [["ps", "tp2", "ps+dp"]]
 if "TRICORN_ROUNDS" in os.environ:
     whole = circuit(list(PLANS))
     WALKS = [whole[start : start + 15] for start in range(0, len(whole) - 1, 14)]

@@ -1,6 +1,6 @@
 """However a run ends, nothing of it stays behind, and it can go on under any strategy.
 
-With TRICORN_ROUNDS every signal is sent to every strategy, else each to one or two.
+With TRICORN_ROUNDS every signal is sent to every strategy, else each to one.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from . import harness
 
-SECONDS = 3.0  # in which everything has to be gone
+SECONDS = 10.0  # that a loaded machine may take until everything is gone
 
 
 def processes(run: harness.Run) -> list[psutil.Process]:
@@ -21,7 +21,7 @@ def processes(run: harness.Run) -> list[psutil.Process]:
     return [launcher, *launcher.children(recursive=True)]
 
 
-ENDS = [("SIGINT", "mp"), ("SIGTERM", "ps"), ("SIGKILL", "dp"), ("SIGKILL", "ps")]
+ENDS = [("SIGINT", "mp"), ("SIGTERM", "ps"), ("SIGKILL", "dp")]
 if "TRICORN_ROUNDS" in os.environ:
     ENDS = list(product(["SIGINT", "SIGTERM", "SIGKILL"], ["dp", "ps", "mp"]))
 
@@ -39,7 +39,8 @@ def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strateg
     assert not [path for path in Path(run.folder).rglob("*") if path.is_socket()]
     if how != "SIGKILL":
         assert code == 130
-        assert "is saved" in err
+        who = "the user" if how == "SIGINT" else how
+        assert f"\ninterrupted by {who} at step {run.steps()}, " in err
         assert f"tricorn train --resume {os.path.relpath(run.folder.resolve())}" in err.splitlines()[-1]
     before = run.steps()
     others = {"dp": ["--strategy", "ps", "--workers", "3"], "ps": ["--strategy", "mp"], "mp": ["--strategy", "dp"]}
@@ -51,9 +52,14 @@ def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strateg
     assert harness.distance(again.weights("long"), harness.plain("long")) <= 1e-10
 
 
-def test_the_process_that_starts_the_roles_dies(tmp_path):
-    run = harness.start(tmp_path, "long", "--strategy", "ps", "--checkpoint-every", "20")
+def test_a_run_belongs_to_one_launcher_and_ends_with_the_process_that_starts_its_roles(tmp_path):
+    run = harness.start(tmp_path, "long", "--strategy", "ps", "--checkpoint-every", "20", "--heartbeat-timeout", "100")
     run.reach(30)
+    for worker in ("worker-0", "worker-1"):
+        os.kill(run.pids()[worker], signal.SIGSTOP)
+    code, _, err = harness.resume(tmp_path).end()
+    assert code == 2
+    assert "is in progress" in err
     family = processes(run)
     family[1].kill()
     code, _, err = run.end()
@@ -62,16 +68,6 @@ def test_the_process_that_starts_the_roles_dies(tmp_path):
     assert "tricorn train --resume" in err.splitlines()[-1]
     assert not psutil.wait_procs(family, SECONDS)[1]
     assert harness.resume(tmp_path, "--strategy", "dp").summary()["exactly_once"]
-
-
-def test_a_run_belongs_to_one_launcher(tmp_path):
-    run = harness.start(tmp_path, "endless", "--strategy", "dp")
-    run.reach(5)
-    code, _, err = harness.resume(tmp_path).end()
-    assert code == 2
-    assert "is in progress" in err
-    run.process.terminate()
-    assert run.end()[0] == 130
 
 
 def test_a_coordinator_that_hangs_is_replaced(tmp_path):
@@ -83,17 +79,12 @@ def test_a_coordinator_that_hangs_is_replaced(tmp_path):
     assert summary["restarts"] >= 1
 
 
-def test_a_run_that_is_done_leaves_nothing(tmp_path):
+def test_a_run_that_is_done_leaves_nothing_and_another_order_of_samples_is_refused(tmp_path):
     run = harness.start(tmp_path, "sgd64", "--strategy", "ps")
     run.reach(1)
     family = processes(run)
     run.summary()
     assert not psutil.wait_procs(family, SECONDS)[1]
-
-
-def test_another_order_of_samples_is_refused(tmp_path):
-    run = harness.start(tmp_path, "sgd64", "--strategy", "dp")
-    run.summary()
     other = harness.Run(
         harness._launch([harness.TRICORN, "train", f"{harness.JOBS}:smaller_batches", "--resume", tmp_path / "latest"]),
         tmp_path,

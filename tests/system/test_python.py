@@ -20,7 +20,7 @@ def make_job(**changes) -> tricorn.Job:
     return tricorn.Job(**(fields | changes))
 
 
-def test_train_returns_the_model_and_its_history(tmp_path):
+def test_train_returns_the_model_and_its_history_and_goes_on(tmp_path):
     job = make_job()
     result = tricorn.train(job, strategy="ps", workers=2, threads=1, runs=tmp_path)
     inputs, target = job.train.inputs, job.train.target
@@ -33,20 +33,31 @@ def test_train_returns_the_model_and_its_history(tmp_path):
     more = tricorn.train(make_job(epochs=14), strategy="dp", threads=1, runs=tmp_path, resume=result.folder)
     assert more.summary["steps"] == 84
     assert tricorn.train(make_job(epochs=14), runs=tmp_path, resume=result.folder).summary == more.summary
-
-
-def test_a_resume_with_another_model_leaves_the_run_as_it_was(tmp_path):
-    result = tricorn.train(make_job(epochs=1), strategy="dp", threads=1, runs=tmp_path)
     said = (result.folder / "job.json").read_bytes()
-    other = make_job(epochs=2, model=lambda: nn.Linear(4, 2))
+    other = make_job(epochs=15, model=lambda: nn.Linear(4, 2))
     with pytest.raises(tricorn.errors.UsageError):
         tricorn.train(other, threads=1, runs=tmp_path, resume=result.folder)
     assert (result.folder / "job.json").read_bytes() == said
 
 
 def test_options_of_a_plan_are_checked(tmp_path):
-    with pytest.raises(tricorn.errors.PlanError, match="workres"):
-        tricorn.train(make_job(), workres=3, runs=tmp_path)
+    with pytest.raises(tricorn.errors.PlanError) as caught:
+        tricorn.train(make_job(), workres=3, checkpoint_evry=5, epochs=2, strategy="dpp", zero=4, threads="2")
+    assert str(caught.value).splitlines()[1:] == [
+        "  - no such option: workres; did you mean workers?",
+        "  - no such option: checkpoint_evry; did you mean checkpoint_every?",
+        "  - no such option: epochs; it belongs to the job: tricorn.Job(epochs=...)",
+        "  - strategy: 'dpp' is not one of ps, dp, mp, ps+dp, ps+mp; did you mean dp?",
+        "  - zero: 4 is not one of 0, 1, 2, 3",
+        "  - threads: '2' is not a whole number or None",
+    ]
+    with pytest.raises(tricorn.errors.PlanError, match="did you mean workers"):
+        tricorn.plan(make_job(), worker=2)
+    with pytest.raises(tricorn.errors.PlanError, match=r"workers: 2\.5 is not a whole number"):
+        tricorn.train(make_job(), plan=tricorn.Plan(strategy="dp", workers=2.5))
+    for wrong in ({"job": "digits.py"}, {"job": make_job(), "plan": "dp"}):
+        with pytest.raises(tricorn.errors.UsageError, match=r"the (job|plan) is '"):
+            tricorn.train(**wrong)
     with pytest.raises(tricorn.errors.UsageError, match="workers beside it"):
         tricorn.train(make_job(), plan=tricorn.Plan(strategy="dp"), workers=3, runs=tmp_path)
 

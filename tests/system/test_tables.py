@@ -4,7 +4,6 @@ TRICORN_ROUNDS says how many seeds are run for each mode.
 """
 
 import os
-import signal
 from functools import cache
 from random import Random
 
@@ -85,13 +84,3 @@ def test_rounds_of_local_steps_are_whole_through_deaths(tmp_path, undisturbed, f
     killed = run.disturb(Random(f"local/{seed}"), VICTIMS, kills=3)
     run.counted_once(killed)
     assert harness.distance(local_weights(run, file), undisturbed(file)) <= 1e-10, f"killed {killed}"
-
-
-def test_an_interrupted_run_goes_on_by_data_parallel(tmp_path):
-    run = harness.start(tmp_path, "job", *PS, file=FILE)
-    run.reach(20)
-    run.process.send_signal(signal.SIGINT)
-    assert run.end()[0] == 130
-    again = harness.resume(tmp_path, "--strategy", "dp", "--workers", "1")
-    again.summary()
-    assert harness.distance(weights(again), expected()) <= 1e-10

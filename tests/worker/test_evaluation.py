@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tricorn
-from tricorn.errors import JobFailed
+from tricorn.errors import JobFailed, in_words
 from tricorn.worker.batches import Batches
 from tricorn.worker.evaluation import Judge, evaluate
 from tricorn.worker.loop import Regrouping
@@ -130,6 +130,15 @@ def test_evaluation_takes_the_data_in_its_own_order():
     assert torch.equal(Batches(job).evaluation(3, 9).inputs, X[3:9])
     assert Batches(job).evaluation_samples == 23
     assert Batches(make_job(evaluate=None, metrics={})).evaluation_samples == 0
+
+
+def test_a_metric_that_fails_is_told_with_its_shapes():
+    job = make_job(metrics={"error": lambda output, target: output - target})
+    with pytest.raises(RuntimeError) as raised:
+        judged(job)
+    assert in_words(raised.value).endswith(
+        "in the job's metrics['error'], given output float64 (5, 2), target int64 (5,), inputs float64 (5, 4)"
+    )
 
 
 def test_a_metric_that_is_no_number_is_named():

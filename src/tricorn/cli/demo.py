@@ -10,7 +10,8 @@ import msgspec
 import typer
 
 from tricorn.engine.local import LocalEngine
-from tricorn.planner.explain import named, seconds, size
+from tricorn.errors import Interrupted
+from tricorn.planner.explain import disturbed, named, seconds, size
 from tricorn.planner.prediction import Prediction
 from tricorn.report.table import table
 from tricorn.run import execute, timing_of
@@ -27,7 +28,9 @@ FEWEST, MOST = 25, 300  # steps, of which the first few are not measured
 
 
 def demo(
-    jobs: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Job files. [three examples]")] = None,
+    jobs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Job files. \\[three examples]")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
@@ -70,8 +73,10 @@ def _trained(file: Path, runs: Path) -> list[dict[str, Any]]:
     from tricorn import planner
     from tricorn.engine.loading import load
 
-    print(f"{file}: measuring what a plan depends on", file=sys.stderr, flush=True)
-    found = planner.plan((str(file), "job"), {"workers": WORKERS})
+    _tell(f"{file}: measuring what a plan depends on")
+    found = planner.plan((str(file), "job"), {"workers": WORKERS}, told=lambda text: _tell(f"{text} ..."))
+    for said in disturbed(found.ground.busy):
+        _tell(said)
     chosen = _best(found)
     slowest = max(prediction.seconds for prediction in chosen.values())
     whole = load(str(file), "job", None)
@@ -79,7 +84,10 @@ def _trained(file: Path, runs: Path) -> list[dict[str, Any]]:
     _by_value(job)
     shown = []
     for family, prediction in chosen.items():
-        summary, _ = execute(LocalEngine, job, prediction.plan, timing_of("30s", 10.0), runs=runs, folder=None)
+        try:
+            summary, _ = execute(LocalEngine, job, prediction.plan, timing_of("30s", 10.0), runs=runs, folder=None)
+        except Interrupted:
+            raise KeyboardInterrupt from None  # the demo is, and begins anew: its runs are too short to go on with
         metrics = summary["metrics"]
         shown.append(
             {
@@ -89,6 +97,10 @@ def _trained(file: Path, runs: Path) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return shown
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _best(found: Planned) -> dict[str, Prediction]:

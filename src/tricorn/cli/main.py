@@ -13,19 +13,22 @@ from tricorn.cli.demo import demo
 from tricorn.cli.doctor import doctor
 from tricorn.cli.plan import plan
 from tricorn.cli.ps import ps
+from tricorn.cli.report import report
 from tricorn.cli.server import server
 from tricorn.cli.simulate import simulate
 from tricorn.cli.train import train
+from tricorn.cli.verb import Verb
 from tricorn.errors import TricornError
 from tricorn.report.failure import as_json, show
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(train)
-app.command()(plan)
-app.command()(simulate)
-app.command()(demo)
-app.command()(doctor)
-app.command()(server)
+app.command(cls=Verb)(train)
+app.command(cls=Verb)(plan)
+app.command(cls=Verb)(simulate)
+app.command(cls=Verb)(report)
+app.command(cls=Verb)(demo)
+app.command(cls=Verb)(doctor)
+app.command(cls=Verb)(server)
 app.add_typer(ps, name="ps")
 
 

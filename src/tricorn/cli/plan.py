@@ -25,7 +25,7 @@ def plan(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Only plans with so many workers.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Only plans of that strategy.")] = None,
-    memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. [the machine's]")] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. \\[the machine's]")] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Choose asynchronous, compressed and local plans, too.")
     ] = False,

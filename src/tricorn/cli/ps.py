@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from tricorn.cli.verb import Verb
 from tricorn.errors import PeerLost, UsageError
 from tricorn.report.table import table
 
@@ -20,7 +21,7 @@ def verbs() -> None:
     """Look at parameter servers."""
 
 
-@ps.command()
+@ps.command(cls=Verb)
 def stats(
     where: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run, or the file of tricorn server.")] = "latest",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),

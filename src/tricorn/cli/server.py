@@ -32,15 +32,16 @@ def server(
     servers: Annotated[int, typer.Option(min=1, max=64, help="How many, each a process of its own.")] = 1,
     workers: Annotated[int, typer.Option(min=1, max=4096, help="How many clients there will be.")] = 1,
     host: Annotated[str, typer.Option(help="Where to listen: an address of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the first; the others follow. [free ones]")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the first; the others follow. \\[free ones]")] = 0,
     file: Annotated[Path, typer.Option(help="Written for clients: addresses and secret.")] = Path("servers.json"),
-    memory_limit: Annotated[str | None, typer.Option(help="For the rows of each server, such as 4GB. [all]")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="For the rows of each server, such as 4GB. \\[all]")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Encrypt with TLS: the certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
 ) -> None:
-    """Serve until interrupted. The secret is TRICORN_SECRET (64 hexadecimal digits), or a new one.
+    """Run parameter servers by themselves, for training loops of one's own, until interrupted.
 
-    Ranks of clients, which call tricorn.ps.connect(FILE), are 0 to WORKERS - 1.
+    Clients call tricorn.ps.connect(FILE), and have the ranks 0 to WORKERS - 1. The secret is TRICORN_SECRET (64
+    hexadecimal digits), or a new one.
     """
     from tricorn.ps import access
     from tricorn.ps.standing import serve  # PyTorch is loaded once, and shared by all that are forked

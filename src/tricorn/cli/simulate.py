@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 def simulate(
     job: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="The job's file, and its name if not 'job'.")],
-    cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="Machines (TOML). [this one]")] = None,
+    cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="Machines (TOML). \\[this one]")] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The plan, as plan -o writes it. [the best for the cluster]")
+        Path | None, typer.Option(metavar="FILE", help="The plan, as plan -o writes it. \\[the best for the cluster]")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are simulated one by one.")] = 200,
     seed: Annotated[int, typer.Option(help="Of what is drawn: scatter, stalls, failures.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Simulate a run on machines that are described, with their stragglers and failures."""
-    from tricorn.planner.explain import named
+    from tricorn.planner.explain import disturbed, named
     from tricorn.planner.simulating import simulate as simulated
 
     chosen = folders.read_plan(plan) if plan else None
@@ -38,7 +38,8 @@ def simulate(
         return
     rows = as_rows(found)
     width = max(len(name) for name, _ in rows)
-    print("\n".join([named(found.plan), "", *(f"{name:<{width}}  {value}" for name, value in rows)]))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    print("\n".join([named(found.plan), "", *lines, *disturbed(found.busy)]))
 
 
 def as_rows(found: Simulation) -> list[tuple[str, str]]:

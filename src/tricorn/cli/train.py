@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 import typer
@@ -14,14 +14,13 @@ from tricorn import folder as folders
 from tricorn.cli.job_file import job_in
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import UsageError
-from tricorn.plan import Plan
+from tricorn.plan import Compression, Plan, RowCompression
 from tricorn.planner.auto import choose, outlook
 from tricorn.run import execute, timing_of
 
 Strategy = StrEnum("Strategy", {"auto": "auto", "ps": "ps", "dp": "dp", "mp": "mp", "ps_dp": "ps+dp", "ps_mp": "ps+mp"})
 Consistency = StrEnum("Consistency", ["bsp", "ssp", "asp"])
 Stale = StrEnum("Stale", ["keep", "scale", "compensate", "drop"])
-Compression = StrEnum("Compression", ["none", "bf16", "fp16", "int8", "topk", "powersgd"])
 Outer = StrEnum("Outer", ["average", "nesterov"])
 Schedule = StrEnum(
     "Schedule", {"gpipe": "gpipe", "one": "1f1b", "interleaved": "interleaved", "zero_bubble": "zero-bubble"}
@@ -37,25 +36,25 @@ def train(
         Strategy | None,
         typer.Option(
             help="ps: parameter server, dp: data parallel, mp: model parallel; ps+dp, ps+mp: both; auto: what is "
-            "predicted to be fastest. [auto]"
+            "predicted to be fastest. \\[auto]"
         ),
     ] = None,
     planned: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="A plan that tricorn plan has written.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. [chosen, or 2]")
+        int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. \\[chosen, or 2]")
     ] = None,
-    servers: Annotated[int | None, typer.Option(help="Parameter servers, with ps. [1]")] = None,
+    servers: Annotated[int | None, typer.Option(help="Parameter servers, with ps. \\[1]")] = None,
     consistency: Annotated[
-        Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. [bsp]")
+        Consistency | None, typer.Option(help="With ps: bsp synchronous, ssp bounded, asp without bound. \\[bsp]")
     ] = None,
-    staleness: Annotated[int | None, typer.Option(help="With ssp: how many clocks old a value may be. [3]")] = None,
+    staleness: Annotated[int | None, typer.Option(help="With ssp: how many clocks old a value may be. \\[3]")] = None,
     sparse_consistency: Annotated[
-        Consistency | None, typer.Option(help="With ps: that of the tables. [as --consistency]")
+        Consistency | None, typer.Option(help="With ps: that of the tables. \\[as --consistency]")
     ] = None,
     stale: Annotated[
-        Stale | None, typer.Option(help="With ps: what becomes of a gradient from old weights. [keep]")
+        Stale | None, typer.Option(help="With ps: what becomes of a gradient from old weights. \\[keep]")
     ] = None,
     zero: Annotated[
         int | None,
@@ -64,22 +63,31 @@ def train(
     balance: Annotated[
         bool | None, typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed.")
     ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="With dp and mp: parts of a batch. [chosen]")] = None,
-    replicas: Annotated[int | None, typer.Option(help="With mp: how many copies of the model. [1]")] = None,
-    tensor: Annotated[int | None, typer.Option(help="With mp: workers that share each layer. [1]")] = None,
-    schedule: Annotated[Schedule | None, typer.Option(help="With mp: the order of a pipeline's work. [chosen]")] = None,
-    chunks: Annotated[int | None, typer.Option(help="With --schedule interleaved: stages a worker. [2]")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="With dp and mp: parts of a batch. \\[chosen]")] = None,
+    replicas: Annotated[int | None, typer.Option(help="With mp: how many copies of the model. \\[1]")] = None,
+    tensor: Annotated[int | None, typer.Option(help="With mp: workers that share each layer. \\[1]")] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="With mp: the order of a pipeline's work. \\[chosen]")
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(help="With --schedule interleaved: stages a worker. \\[2]")] = None,
     recompute: Annotated[
-        bool | None, typer.Option("--recompute/--no-recompute", help="With mp: compute activations again. [chosen]")
+        bool | None, typer.Option("--recompute/--no-recompute", help="With mp: compute activations again. \\[chosen]")
     ] = None,
     embeddings: Annotated[
-        Embeddings | None, typer.Option(help="With dp and mp: how embedding tables are spread. [whole]")
+        Embeddings | None, typer.Option(help="With dp and mp: how embedding tables are spread. \\[whole]")
     ] = None,
-    memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. [the machine's]")] = None,
-    compress: Annotated[Compression | None, typer.Option(help="How gradients travel. [none]")] = None,
-    local_steps: Annotated[int | None, typer.Option(help="Updates a worker makes before all meet. [1]")] = None,
-    outer: Annotated[Outer | None, typer.Option(help="With --local-steps: how they meet. [nesterov]")] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. [cores / workers]")] = None,
+    memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. \\[the machine's]")] = None,
+    compress: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[TABLE=]HOW",
+            help="How gradients travel: none, bf16, fp16, int8, topk or powersgd. With ps again, for the rows of a "
+            "table that differs. \\[none]",
+        ),
+    ] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Updates a worker makes before all meet. \\[1]")] = None,
+    outer: Annotated[Outer | None, typer.Option(help="With --local-steps: how they meet. \\[nesterov]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. \\[cores / workers]")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given.")
     ] = None,
@@ -103,8 +111,7 @@ def train(
         "zero": zero, "balance": balance, "microbatches": microbatches,
         "replicas": replicas, "tensor": tensor, "schedule": schedule and schedule.value, "chunks": chunks,
         "recompute": recompute, "embeddings": embeddings and embeddings.value, "memory": memory,
-        "compress": compress and compress.value,
-        "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
+        **encodings(compress or ()), "local_steps": local_steps, "outer": outer and outer.value, "threads": threads,
     }  # fmt: skip
     changes = {field: value for field, value in given.items() if value is not None}
     expected = None
@@ -133,6 +140,24 @@ def train(
     )
     if json:
         print(msgspec.json.encode(summary).decode(), flush=True)
+
+
+def encodings(given: Sequence[str]) -> dict[str, object]:
+    """Fields of a plan, of encodings as ``HOW`` and ``TABLE=HOW``. Raises UsageError for one that there is not."""
+    whole, by_table = None, {}
+    for each in given:
+        table, equals, how = each.rpartition("=")
+        possible = get_args(RowCompression if equals else Compression)
+        if how not in possible:
+            raise UsageError(
+                f"there is no encoding {how!r} of {f'the rows of table {table!r}' if equals else 'gradients'}",
+                remedy=f"Give one of {', '.join(possible)}.",
+            )
+        if equals:
+            by_table[table] = how
+        else:
+            whole = how
+    return {"compress": whole, "compress_tables": by_table or None}
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:

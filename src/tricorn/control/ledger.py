@@ -171,6 +171,10 @@ class Ledger:
         inside = bool(((start >= 0) & (stop <= samples) & (epoch >= 0) & (epoch < epochs)).all())
         return inside and (not complete or int((stop - start).sum()) == samples * epochs)
 
+    def undone(self) -> int:
+        """How many commits were taken back, with the checkpoint that the run went back to, to be done again."""
+        return int(self._db.execute("select count(*) from commits where undone is not null").fetchone()[0])
+
     def restarts(self) -> int:
         """How many membership epochs followed the first."""
         return int(self._db.execute("select max(0, count(*) - 1) from members").fetchone()[0])

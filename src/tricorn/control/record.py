@@ -14,7 +14,7 @@ from tricorn.control import checkpoints
 from tricorn.control.instructions import Checkpoint
 from tricorn.control.intervals import Intervals
 from tricorn.control.ledger import Ledger, Order
-from tricorn.control.messages import File, Progress
+from tricorn.control.messages import Failed, File, Progress
 from tricorn.data.order import step_range, steps_per_epoch
 from tricorn.plan import Plan
 from tricorn.report import compare
@@ -117,8 +117,10 @@ class Record:
         manifest = checkpoints.load_manifest(folder)
         return Checkpoint(manifest.step, str(folder), manifest.applied), damages
 
-    def finish(self, outcome: str, bytes_sent: int, peak_bytes: dict[str, int]) -> dict[str, Any]:
-        """Write and return the summary. ``peak_bytes``: the most memory of each role."""
+    def finish(
+        self, outcome: str, bytes_sent: int, peak_bytes: dict[str, int], error: Failed | None = None
+    ) -> dict[str, Any]:
+        """Write and return the summary. ``peak_bytes``: the most memory of each role; ``error``: what failed it."""
         changes = self._changes()
         order = self._order
         committed = self.ledger.committed()
@@ -138,6 +140,7 @@ class Record:
             "workers": self._plan.workers,
             "servers": self._plan.servers,
             "steps": len(committed),
+            "launch_steps": len(committed) - self._before,
             "saved": max(self.saved(), 0),
             "total_steps": order.epochs * steps_per_epoch(order.samples, order.batch_size),
             "samples": samples,
@@ -151,6 +154,7 @@ class Record:
             "loss": self._loss,
             "metrics": evaluations[max(evaluations)] if evaluations else {},
             **self._steps(),
+            **({"error": {key: getattr(error, key) for key in ("message", "where", "remedy")}} if error else {}),
         }
         self.flush()
         path = self.folder / "summary.json"
@@ -170,7 +174,7 @@ class Record:
         """What a step took, by terms, and what it was predicted to take if it was."""
         spent = [*self._spent.values()]
         found = compare.measured(spent, self._plan)
-        told: dict[str, Any] = {"measured": found, "measured_steps": compare.counted(spent)}
+        told: dict[str, Any] = {"measured": found, "measured_steps": compare.counted(spent), "spent": self._spent}
         with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
             said = msgspec.json.decode((self.folder / "predicted.json").read_bytes())
             predicted = compare.grouped(said["terms"], said["seconds"], found)

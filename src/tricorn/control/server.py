@@ -200,7 +200,8 @@ class CoordinatorServer:
                 record.publish(step, files, applied)
             case End(outcome, error):
                 try:
-                    summary = record.finish(outcome, self._state.members.bytes_sent(), self._state.members.peak_bytes())
+                    members = self._state.members
+                    summary = record.finish(outcome, members.bytes_sent(), members.peak_bytes(), error)
                 except (OSError, sqlite3.Error) as problem:
                     outcome, error, summary = "failed", error or self._unwritable(problem), {}
                 _write(self._launcher, m.Ended(outcome=outcome, error=error, summary=summary))

@@ -24,7 +24,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     found, moved = _parts(plan, ground)
     n, h = float(ground.profile.weight_bytes), ground.spread(plan)
     mean, busy = sum(found.computing) / plan.workers, max(found.computing)
-    idle = waiting(found.computing, found.scatter, stalls_of(plan, ground), found.meeting)
+    idle = waiting(found.computing, ground.jitter(found.scatter), stalls_of(plan, ground), found.meeting)
     exchange, update = found.after[EXCHANGE], found.after[UPDATE]
     way = f"zero{plan.zero}" if plan.zero else "dp"
     rounds = plan.local_steps

@@ -22,6 +22,7 @@ from tricorn.dp.shard_units import Unit, blocks, runs
 from tricorn.dp.worker import Worker, first_of
 from tricorn.state import flat
 from tricorn.state.gradient import forward, loss_sum, squared_norm
+from tricorn.state.memory import give_back
 from tricorn.state.shards import CheckpointReader, Piece
 from tricorn.state.whole_rows import open_checkpoint
 from tricorn.strategy import Batch, Beside, Context, Seat
@@ -63,6 +64,7 @@ class ShardTrainer(Worker):
             self._gather.close()
 
     def pieces(self) -> Sequence[Piece]:
+        give_back()  # who spreads the state is short of memory: the copies may take the place of what steps have freed
         buffers = flat.buffer_pieces(self._module) if self._context.rank == 0 else []
         own = [piece for unit in self._units for piece in unit.pieces()] + buffers
         return [*own, *self._beside.pieces()]
@@ -102,7 +104,8 @@ class ShardTrainer(Worker):
 
     def _add_up(self, group: Group, batch: Batch, shares: list[int]) -> float:
         """With zero=1 a worker adds up its microbatches, else it has not the room, and each is summed by itself."""
-        self._sum.begin(group)
+        # Peers wait for this worker in the midst of backward while they gather or normalise.
+        self._sum.begin(group, waits=self._zero < 3 and not self._norm)
         parts = self._parts(batch)
         rounds = (self._context.plan.microbatches or 1) if self._zero > 1 else 1
         total = 0.0
@@ -139,7 +142,7 @@ class ShardTrainer(Worker):
         return total.item() if total is not None and part and part.count else 0.0
 
     def _waited(self) -> float:
-        return super()._waited() + self._gather.waited
+        return super()._waited() + self._gather.waited + self._sum.waited
 
     def _finish_sum(self, status: Tensor) -> None:
         self._sum.finish(status)

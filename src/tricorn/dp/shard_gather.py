@@ -4,8 +4,8 @@ All workers gather the same units in the same order, whichever of them their sha
 recorded the first time: a worker with samples leads, and tells the others each unit that it gathers. From then on all
 keep to it, and the next unit is on its way while one computes.
 
-Autograd keeps no weights from forward to backward, but a note of where in which unit they lie, and they are gathered
-when a backward asks for them (``torch.autograd.graph.saved_tensors_hooks``).
+Autograd keeps no weights from forward to backward, nor what autocast made of them, but a note of where in which unit
+they lie, and they are gathered when a backward asks for them (``torch.autograd.graph.saved_tensors_hooks``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from tricorn.errors import PlanError
 if TYPE_CHECKING:
     from tricorn.comm.group import Group
     from tricorn.comm.lane import Handle
+    from tricorn.state.flat import Entry
 
 _END = -1  # in place of a unit's number: this phase gathers no more
 
 
 class Saved(NamedTuple):
-    """A view of a unit's weights that a backward will ask for."""
+    """A view of a unit's weights, or of a ``cast`` of one of its parameters, that a backward will ask for."""
 
     unit: Unit
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    cast: tuple[Entry, torch.dtype] | None = None
 
 
 class Ahead(NamedTuple):
@@ -54,6 +56,10 @@ class Gatherer:
         """``rest``: what belongs to no block, and is here from ``open`` to ``close``."""
         self._rest = rest
         self._units = [unit for _, unit in blocks]
+        self._places = {
+            parameter: (unit, entry)
+            for unit in self._units for parameter, entry in zip(unit.parameters, unit.entries, strict=True)
+        }  # fmt: skip
         self._orders: dict[str, list[int]] = {}  # what each phase gathers, by unit's number
         self._group: Group | None = None
         self._phase = ""
@@ -135,9 +141,12 @@ class Gatherer:
         """What autograd is to keep of a tensor until backward."""
         if not saved.is_floating_point():
             return saved
-        at = saved.untyped_storage().data_ptr()
-        if at == absent(saved).untyped_storage().data_ptr():
+        at, cast = saved.untyped_storage().data_ptr(), self._cast(saved)
+        if at == absent(saved).untyped_storage().data_ptr() or (cast is not None and cast[0].whole_n is None):
             raise PlanError("the model uses a weight of a block outside of the block's forward; use zero=2")
+        if cast is not None:
+            unit, entry = cast
+            return Saved(unit, saved.shape, saved.stride(), int(saved.storage_offset()), (entry, saved.dtype))
         for unit in self._units:
             if unit.whole_n is not None and unit.whole_n.untyped_storage().data_ptr() == at:
                 return Saved(unit, saved.shape, saved.stride(), int(saved.storage_offset()))
@@ -147,8 +156,21 @@ class Gatherer:
         if isinstance(kept, Tensor):
             return kept
         self.need(kept.unit)
-        assert kept.unit.whole_n is not None
-        return kept.unit.whole_n.as_strided(kept.shape, kept.stride, kept.offset)
+        flat = kept.unit.whole_n
+        assert flat is not None
+        if kept.cast is not None:
+            entry, dtype = kept.cast
+            flat = flat[entry.start : entry.stop].to(dtype)
+        return flat.as_strided(kept.shape, kept.stride, kept.offset)
+
+    def _cast(self, saved: Tensor) -> tuple[Unit, Entry] | None:
+        """Of which parameter it is a cast to another dtype, in one piece, or a view of such."""
+        made = saved if saved._base is None else saved._base
+        step = made.grad_fn
+        if step is None or step.name() != "ToCopyBackward0" or not made.is_contiguous() or made.storage_offset():
+            return None
+        parameter: nn.Parameter | None = getattr(step.next_functions[0][0], "variable", None)
+        return None if parameter is None else self._places.get(parameter)
 
     def _before(self, unit: Unit, *_: Any) -> None:
         if self._phase:
@@ -157,6 +179,7 @@ class Gatherer:
     def _after(self, unit: Unit, *_: Any) -> None:
         if self._phase not in ("", "backward"):  # there a block runs again to be differentiated just then
             self.release(unit)
+            torch.clear_autocast_cache()  # it holds the casts of weights that this block has used
 
     @property
     def _leads(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tricorn.comm.lane import Handle
     from tricorn.dp.shard_units import Unit
 
+UNDER_WAY = 16 << 20  # bytes of gradients on their way to be summed that backward may run ahead of
+
 
 class Sending(NamedTuple):
     unit: Unit
@@ -28,7 +31,7 @@ class ShardSum:
     """Adds to each unit's ``grad_s`` the gradient's sum over a group.
 
     Call ``begin``; then, as often as on every other rank, backwards and ``flush``; then ``finish``. Units leave in
-    the same order on every rank. A unit's whole gradient is here from its first parameter's until it is summed.
+    the same order on every rank. A gradient is here whole from when autograd has made it until it is summed.
     """
 
     def __init__(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
@@ -36,11 +39,12 @@ class ShardSum:
         self._units = units
         self._done = done
         self._group: Group | None = None
-        self._whole: dict[Unit, Tensor] = {}
         self._missing: list[set[int]] = []
         self._launched = 0
         self._sending: deque[Sending] = deque()
         self._open = False  # whether the backward that follows is the last before a flush
+        self._waits = False
+        self.waited = 0.0  # seconds for peers in the midst of backward, altogether
         self._places: dict[Tensor, tuple[int, int]] = {}
         for place, unit in enumerate(units):
             for number, parameter in enumerate(unit.parameters):
@@ -48,8 +52,9 @@ class ShardSum:
                 self._places[parameter] = place, number
                 watch(parameter, self._fill)
 
-    def begin(self, group: Group) -> None:
-        self._group = group
+    def begin(self, group: Group, *, waits: bool) -> None:
+        """``waits``: backward may wait for sums, as no peer waits for this worker in the midst of its own."""
+        self._group, self._waits = group, waits
         self._start()
 
     def last(self) -> None:
@@ -80,9 +85,10 @@ class ShardSum:
             with contextlib.suppress(Exception):  # the step has failed already
                 self._sending.popleft().handle.wait()
         self._group = None
-        self._whole.clear()
         for unit in self._units:
             unit.grad_s.zero_()
+            for parameter in unit.parameters:
+                parameter.grad = None
 
     def _start(self) -> None:
         self._missing = [set(range(len(unit.parameters))) for unit in self._units]
@@ -91,18 +97,11 @@ class ShardSum:
     def _fill(self, parameter: Tensor) -> None:
         place, number = self._places[parameter]
         unit = self._units[place]
-        entry = unit.entries[number]
         if place < self._launched:
             raise PlanError(
-                f"parameter {entry.name!r} got a second gradient after its first was sent, from "
+                f"parameter {unit.entries[number].name!r} got a second gradient after its first was sent, from "
                 "a backward within the backward; call torch.utils.checkpoint with use_reentrant=False"
             )
-        if unit not in self._whole:
-            self._whole[unit] = unit.own_s.new_zeros(unit.size)
-        assert parameter.grad is not None
-        grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        self._whole[unit][entry.start : entry.stop] += grad.flatten()
-        parameter.grad = None
         self._missing[place].discard(number)
         if not self._missing[place]:
             self._done(unit)
@@ -111,16 +110,34 @@ class ShardSum:
 
     def _launch(self) -> None:
         assert self._group is not None
-        # Waiting here could be for ever: a peer may be gathering weights first, for which it needs this worker.
-        while self._sending and self._sending[0].handle.done:
-            self._receive()
         unit = self._units[self._launched]
         self._launched += 1
-        whole_n = self._whole.pop(unit, None)
-        sum_n = unit.own_s.new_zeros(unit.size) if whole_n is None else whole_n
+        room = UNDER_WAY - unit.size * unit.own_s.itemsize
+        # Otherwise to wait could be for ever: a peer may be gathering weights first, for which it needs this worker.
+        began = time.perf_counter()
+        while self._sending and (self._sending[0].handle.done or (self._waits and self._bytes_sending() > room)):
+            self._receive()
+        self.waited += time.perf_counter() - began
+        sum_n = _taken(unit)
         self._sending.append(Sending(unit, sum_n, self._group.reduce_scatter(sum_n, unit.bounds)))
+
+    def _bytes_sending(self) -> int:
+        return sum(sending.sum_n.nbytes for sending in self._sending)
 
     def _receive(self) -> None:
         unit, sum_n, handle = self._sending.popleft()
         handle.wait()
         unit.grad_s += sum_n[unit.start : unit.stop]
+
+
+def _taken(unit: Unit) -> Tensor:
+    """The gradients of a unit end to end, zero where there is none, each taken from its parameter."""
+    whole_n = unit.own_s.new_empty(unit.size)
+    for entry, parameter in zip(unit.entries, unit.parameters, strict=True):
+        part, grad = whole_n[entry.start : entry.stop], parameter.grad
+        if grad is None:
+            part.zero_()
+        else:
+            part.view(entry.shape).copy_(grad.to_dense() if grad.is_sparse else grad)
+        parameter.grad = None
+    return whole_n

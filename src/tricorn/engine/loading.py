@@ -16,7 +16,7 @@ from tricorn import strategy
 from tricorn.data.sources import as_source
 from tricorn.engine.base import JobFacts
 from tricorn.engine.fitting import too_large
-from tricorn.errors import PlanError, UsageError
+from tricorn.errors import PlanError, UsageError, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
 
@@ -53,10 +53,14 @@ def load(file: str | None, name: str, pickle_fd: int | None) -> Job:
         raise UsageError(f"{file} is not a Python file", remedy="Name a Python file that declares a tricorn.Job.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if callable(found):
-        found = found()
+    try:
+        spec.loader.exec_module(module)
+        found = getattr(module, name, None)
+        if callable(found):
+            found = found()
+    except UsageError as error:
+        error.where = error.where or users_line(error)
+        raise
     if not isinstance(found, Job):
         jobs = [key for key, value in vars(module).items() if isinstance(value, Job)]
         what = f"{name} is a {type(found).__name__}" if found is not None else f"there is no {name}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tricorn.control import messages as m
 from tricorn.control.resume import rank_of
 from tricorn.engine.base import RoleSpec
-from tricorn.errors import TricornError, UserCodeError, users_line
+from tricorn.errors import TricornError, UserCodeError, in_words, users_line
 from tricorn.worker.link import Link
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _failed(link: Link, error: BaseException) -> int:
     trace = traceback.format_exc()
     print(trace, flush=True)
     if not isinstance(error, TricornError):
-        error = UserCodeError(f"{type(error).__name__}: {error}", where=users_line(error)).with_traceback(None)
+        error = UserCodeError(in_words(error), where=users_line(error)).with_traceback(None)
     link.send(m.failed(error, trace[-8000:]))
     link.close()
     return error.exit_code

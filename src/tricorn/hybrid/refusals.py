@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tricorn.errors import PlanError
 from tricorn.hybrid.tables import spread_tables
+from tricorn.ps import unfit_encoding
 from tricorn.state.flat import model_without_rows, trained_parameters
 from tricorn.state.rows import row_tables
 from tricorn.strategy import family
@@ -28,7 +29,8 @@ def why_not(job: Job, plan: Plan) -> str | None:
 
 def _served(job: Job, plan: Plan, model: nn.Module) -> str | None:
     """Why the tables cannot be on servers while the rest is not."""
-    tables = {table.parameter for table in row_tables(job, model)}
+    rows = row_tables(job, model)
+    tables = {table.parameter for table in rows}
     dense = {name for name, _ in trained_parameters(model)} - tables
     if not tables:
         return (
@@ -41,6 +43,8 @@ def _served(job: Job, plan: Plan, model: nn.Module) -> str | None:
         return f"embeddings is {plan.embeddings}, and the tables are on servers; leave one of the two out"
     if plan.local_steps > 1:
         return f"local_steps is {plan.local_steps}, and tables on servers are updated in every step; leave it out"
+    if wrong := unfit_encoding("none", plan.compress_tables, [table.name for table in rows]):
+        return f"{wrong[0]}; {wrong[1]}"
     return None
 
 

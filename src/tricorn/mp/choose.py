@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tricorn.errors import PlanError
-from tricorn.mp.cut import SHARED, Fits, Link, leading, minimax
+from tricorn.mp.cut import SHARED, Fits, Link, balanced, minimax
 from tricorn.mp.measure import Cost, example, measure, update_seconds
 from tricorn.mp.memory import Held, stage_bytes
 from tricorn.mp.partition import Block, blocks_of, legal_cuts, wrong_cuts
-from tricorn.mp.schedule import order
+from tricorn.mp.schedule import gathered, order
 from tricorn.mp.simulate import Work, crowded, most_in_flight, simulate
 from tricorn.plan import Plan, Schedule
 from tricorn.state.flat import build_model
@@ -46,13 +46,15 @@ class Choice(NamedTuple):
 
 
 def choose(
-    job: Job, plan: Plan, stages: int, samples: int, microbatches: int, device: torch.device, link: Link = SHARED
-) -> Choice:
+    job: Job, plan: Plan, stages: int, samples: int, microbatches: int, device: torch.device, link: Link = SHARED,
+    slowness: Sequence[float] = (),
+) -> Choice:  # fmt: skip
     """The cuts into so many stages, chunks counted, that make a step with ``microbatches`` of ``samples`` fastest.
 
     The order of work is the plan's; where it says none, the faster of ``1f1b`` and ``zero-bubble``. Each worker keeps
     to its memory, ``plan.memory`` or what the machine lets it have; where that is not enough, activations are computed
-    again unless the plan says not to. A single stage is not measured. Raises PlanError if the model cannot be cut so
+    again unless the plan says not to. ``slowness``: how many times as long as this worker each in line takes, where
+    they are not alike. A single stage is not measured. Raises PlanError if the model cannot be cut so
     often, if ``plan.cuts`` are none of its cuts, or if nothing fits; and whatever the user's code raises.
     """
     ranks = plan.stages
@@ -71,12 +73,12 @@ def choose(
     held = [_held(block, elsewhere) for block in found]
     room = _Room(job, plan, microbatches, baseline, held, costs)
     cuts = _legal(found, costs, stages) if plan.cuts is None else list(plan.cuts)
-    pace = _Pace(job, ranks, stages, microbatches, held, costs, link, device)
+    pace = _Pace(job, slowness or [1.0] * ranks, stages // ranks, microbatches, held, costs, link, device)
     for recompute in (False, True) if plan.recompute is None else (plan.recompute,):
         steps = [
             (pace.step(chosen, schedule), chosen, schedule)
             for schedule in schedules
-            for chosen in pace.leading(cuts, room.fits(ranks, stages, recompute, schedule))
+            for chosen in pace.promising(cuts, room.fits(ranks, stages, recompute, schedule))
         ]
         if steps:
             best = {schedule: min(step for step in steps if step[2] == schedule) for *_, schedule in steps}
@@ -131,39 +133,53 @@ class _Pace:
     """How fast steps are."""
 
     def __init__(
-        self, job: Job, ranks: int, stages: int, microbatches: int, held: Sequence[Held], costs: Sequence[Cost],
-        link: Link, device: torch.device,
+        self, job: Job, slowness: Sequence[float], chunks: int, microbatches: int, held: Sequence[Held],
+        costs: Sequence[Cost], link: Link, device: torch.device,
     ) -> None:  # fmt: skip
-        self._ranks, self._stages, self._microbatches = ranks, stages, microbatches
+        self._ranks, self._slowness, self._microbatches = len(slowness), [*slowness] * chunks, microbatches
         self._costs, self._link = costs, link
         self._handed_on = [cost.handed_on for cost in costs]
         rate = update_seconds(job, device)
         self._updates = [rate * sum(block.weights.values()) for block in held]
         # Of the host's cores, those that fall to this line of workers.
-        self._cores = len(os.sched_getaffinity(0)) * ranks / max(sharing(), ranks)
+        self._cores = len(os.sched_getaffinity(0)) * self._ranks / max(sharing(), self._ranks)
 
-    def leading(self, cuts: Sequence[int], fits: Fits) -> list[tuple[int, ...]]:
+    def promising(self, cuts: Sequence[int], fits: Fits) -> list[tuple[int, ...]]:
         """Cuts whose slowest stage is fast, an update counted."""
         seconds = [
             cost.seconds + update / self._microbatches for cost, update in zip(self._costs, self._updates, strict=True)
         ]
-        return leading(seconds, self._stages, cuts, self._handed_on, self._link, fits, keep=_TRIED)
+        return balanced(seconds, self._slowness, cuts, self._handed_on, self._link, fits, keep=_TRIED)
 
     def step(self, cuts: Sequence[int], schedule: Schedule) -> float:
         """Seconds of a step."""
         edges = list(pairwise((0, *cuts, len(self._costs))))
-        works = [self._work(start, stop) for start, stop in edges]
+        works = [self._work(*edge, slowness) for edge, slowness in zip(edges, self._slowness, strict=True)]
         chunks = len(works) // self._ranks
-        orders = [order(schedule, rank, self._ranks, self._microbatches, chunks) for rank in range(self._ranks)]
-        updates = [sum(self._updates[start:stop]) for start, stop in edges]
+        together = [self._together(start, stop) for start, stop in edges]
+        orders = [
+            gathered(order(schedule, rank, self._ranks, self._microbatches, chunks), together[rank :: self._ranks])
+            for rank in range(self._ranks)
+        ]
+        updates = [
+            slowness * sum(self._updates[start:stop])
+            for (start, stop), slowness in zip(edges, self._slowness, strict=True)
+        ]
         update = max(sum(updates[rank :: self._ranks]) for rank in range(self._ranks))
         if self._cores < self._ranks:
             return crowded(orders, works, self._cores) + max(update, sum(updates) / self._cores)
         hop = self._link.latency + self._link.wire * max(self._handed_on[cut - 1] for cut in cuts)
         return simulate(orders, works, hop).seconds + update
 
-    def _work(self, start: int, stop: int) -> Work:
-        """Of a stage of these blocks; what it takes from its neighbours and gives to them, it copies."""
+    def _together(self, start: int, stop: int) -> int:
+        """For how many microbatches at a time a stage computes most of its weight gradients."""
+        return max(self._costs[start:stop], key=lambda cost: cost.weight_gradient).together
+
+    def _work(self, start: int, stop: int, slowness: float) -> Work:
+        """Of a stage of these blocks, on a worker that takes so many times as long.
+
+        What it takes from its neighbours and gives to them, it copies.
+        """
         crossing = (self._handed_on[start - 1] if start else 0) + (
             self._handed_on[stop - 1] if stop < len(self._costs) else 0
         )
@@ -171,7 +187,7 @@ class _Pace:
         forward, inputs, weights = (
             sum(column) for column in zip(*(cost[:3] for cost in self._costs[start:stop]), strict=True)
         )
-        return Work(forward + copying, inputs + copying, weights)
+        return Work(*(slowness * seconds for seconds in (forward + copying, inputs + copying, weights)))
 
 
 class _Room:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from tricorn.errors import PlanError
-from tricorn.mp.cut import Link, balance
+from tricorn.mp.cut import Link, balanced
 from tricorn.mp.mesh import Mesh, Place, chunks_of
 from tricorn.mp.schedule import microbatches_of, order, split
 from tricorn.mp.simulate import Simulated, Work, simulate
@@ -47,9 +47,8 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     inside = mesh.exchanged * M  # of the busiest stage: what actions are besides arithmetic
     hops = min(max(0.0, simulated.seconds - busiest), 2 * (mesh.p * v - 1) * line.hop)
     idle = max(0.0, simulated.seconds - busiest - hops)
-    idle += waiting([seconds * M for seconds in workers] * plan.replicas, found.scatter, _stalls(mesh)) - (
-        busiest - sum(workers) / len(workers) * M
-    )
+    lines = [seconds * M for seconds in workers] * plan.replicas
+    idle += waiting(lines, ground.jitter(found.scatter), _stalls(mesh)) - (busiest - sum(lines) / len(lines))
     terms = {
         COMPUTE: max(0.0, busiest - inside), IDLE: max(0.0, idle), DATA: found.loading, **found.after,
         EXCHANGE: found.after[EXCHANGE] + inside + (0.0 if mesh.away else hops),
@@ -166,8 +165,10 @@ class _Mesh:
         hop = self._hop
         price = Link(0.0, max(0.0, hop(MEGABYTE) - hop(0.0)) / MEGABYTE)
         seconds, handed = [layer.seconds for layer in layers], [layer.output_bytes for layer in layers]
+        taken = [self._seconds(stage) for stage in range(self.p)]
+        slowness = [each / min(taken) for each in taken]
         try:
-            cuts = self.plan.cuts or balance(seconds, count, legal, handed, price) or ()
+            cuts = self.plan.cuts or balanced(seconds, slowness * self.v, legal, handed, price)[0]
         except PlanError as error:
             raise ValueError(str(error)) from None
         shares = self.splitting.shares if self.splitting else (0.0,) * len(layers)

@@ -6,7 +6,7 @@ Legend: p stages, b blocks; a cut c (1 <= c < b) lies before block c; stage s ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import inf
 from typing import NamedTuple
 
@@ -33,39 +33,34 @@ def everything_fits(stage: int, start: int, stop: int) -> bool:
     return True
 
 
-def balance(
+def balanced(
     seconds: Sequence[float],
-    stages: int,
+    slowness: Sequence[float],
     cuts: Sequence[int],
-    handed_on: Sequence[int] | None = None,
-    link: Link = FREE,
-    fits: Fits = everything_fits,
-) -> tuple[int, ...] | None:
-    """The p - 1 of the legal ``cuts`` that make the slowest stage fastest; of equals, the earliest. None if none fits.
-
-    ``seconds`` are those of each block, forward and backward, of one microbatch; ``handed_on`` the bytes that it hands
-    to the next and back. Raises PlanError if there are too few cuts.
-    """
-    return next(iter(leading(seconds, stages, cuts, handed_on, link, fits, keep=1)), None)
-
-
-def leading(
-    seconds: Sequence[float],
-    stages: int,
-    cuts: Sequence[int],
-    handed_on: Sequence[int] | None = None,
+    handed_on: Sequence[int],
     link: Link = FREE,
     fits: Fits = everything_fits,
     *,
-    keep: int,
+    keep: int = 1,
 ) -> list[tuple[int, ...]]:
-    """As ``balance``: the ``keep`` best that fit, or as many as there are, the best first."""
-    slowness = _slowness(seconds, handed_on or [0] * len(seconds), link)
+    """The p - 1 of the legal ``cuts`` that make the slowest stage fastest, of equals the earliest; the ``keep`` best
+    that fit, or as many as there are, the best first.
+
+    ``seconds`` are those of each block, forward and backward, of one microbatch, and ``slowness`` how many times as
+    long each of the p stages takes for them; ``handed_on`` the bytes that a block hands to the next and back. Raises
+    PlanError if there are too few cuts.
+    """
+    before = [0.0, *accumulate(seconds)]
+    edge = [0, *handed_on[:-1], 0]  # edge[c]: bytes that cross the cut c
 
     def cost(stage: int, start: int, stop: int) -> float:
-        return slowness(start, stop) if fits(stage, start, stop) else inf
+        """What a stage computes and copies, or what its links take if that is longer."""
+        if not fits(stage, start, stop):
+            return inf
+        busy = before[stop] - before[start] + link.copy * (edge[start] + edge[stop])
+        return max(slowness[stage] * busy, link.wire * max(edge[start], edge[stop]))
 
-    return [chosen for worst, chosen in minimax(cost, stages, cuts, len(seconds), keep=keep) if worst < inf]
+    return [chosen for worst, chosen in minimax(cost, len(slowness), cuts, len(seconds), keep=keep) if worst < inf]
 
 
 def minimax(
@@ -95,21 +90,3 @@ def minimax(
             if min(rows) < edge
         }
     return rows[blocks]
-
-
-def slowest(seconds: Sequence[float], cuts: Sequence[int], handed_on: Sequence[int], link: Link) -> float:
-    """Seconds of the slowest stage of these cuts, for one microbatch."""
-    slowness = _slowness(seconds, handed_on, link)
-    return max(slowness(start, stop) for start, stop in pairwise((0, *cuts, len(seconds))))
-
-
-def _slowness(seconds: Sequence[float], handed_on: Sequence[int], link: Link) -> Callable[[int, int], float]:
-    """Of a stage of blocks [start, stop): what it computes and copies, or what its links take if that is longer."""
-    before = [0.0, *accumulate(seconds)]
-    edge = [0, *handed_on[:-1], 0]  # edge[c]: bytes that cross the cut c
-
-    def of(start: int, stop: int) -> float:
-        crossing = edge[start] + edge[stop]
-        return max(before[stop] - before[start] + link.copy * crossing, link.wire * max(edge[start], edge[stop]))
-
-    return of

@@ -34,7 +34,8 @@ class Cost(NamedTuple):
     """Of one block and one microbatch, in the last block with the loss.
 
     Seconds of forward and of the two parts of backward; bytes that it hands on, and that it keeps from forward to
-    backward, with those of them that it hands on; ``obstacle``: why no cut can come after, None if one can.
+    backward, with those of them that it hands on; ``obstacle``: why no cut can come after, None if one can;
+    ``together``: for how many microbatches at a time weight gradients are computed.
     """
 
     forward: float
@@ -44,6 +45,7 @@ class Cost(NamedTuple):
     kept: int
     kept_handed_on: int
     obstacle: str | None
+    together: int = 1
 
     @property
     def seconds(self) -> float:
@@ -82,7 +84,7 @@ def measure(job: Job, found: Sequence[Block], batch: Batch, device: torch.device
         release()
         forward, backwards, weights = (median(column) for column in zip(*times, strict=True))
         size = sum(part.nbytes for part in _parts(made))
-        costs.append(Cost(forward, backwards, weights, size, saved.inner, 0, wire.obstacle(made)))
+        costs.append(Cost(forward, backwards, weights, size, saved.inner, 0, wire.obstacle(made), run.together))
         value, saved_before = _fresh(made), saved.made
     return costs
 
@@ -117,7 +119,7 @@ class _Run:
         self._first, self._batch = first, batch
         self._deferral = Deferral()
         self._deferral.install(block.module)
-        self._together = 1
+        self.together = 1
 
     def watched(self, value: Any) -> tuple[Any, _Saved]:
         """What the block makes of the value, and what is kept until backward."""
@@ -139,7 +141,7 @@ class _Run:
         self._backward(end, waiting)
         for work in waiting:
             work()
-        self._together = min(MOST_TOGETHER, self._deferral.together)
+        self.together = self._deferral.together
         self._deferral.finish()
         return made, _Saved(inner, of_given, of_made)
 
@@ -148,11 +150,11 @@ class _Run:
 
         A round has as many microbatches as are put together for the gradients of weights.
         """
-        spent, count = 0.0, 0
+        together, spent, count = min(MOST_TOGETHER, self.together), 0.0, 0
         while count < FEWEST_ROUNDS or (spent < ENOUGH_SECONDS and count < MOST_ROUNDS):
             waiting: list[Callable[[], None]] = []
             times = []
-            for _ in range(self._together):
+            for _ in range(together):
                 given = _fresh(value)
                 began = self._now()
                 _, end = self._forward(given)
@@ -162,8 +164,8 @@ class _Run:
             began = self._now()
             self._finish(waiting)
             forward, backwards = (median(column) for column in zip(*times, strict=True))
-            yield forward, backwards, (self._now() - began) / self._together
-            spent, count = spent + (forward + backwards) * self._together + self._now() - began, count + 1
+            yield forward, backwards, (self._now() - began) / together
+            spent, count = spent + (forward + backwards) * together + self._now() - began, count + 1
 
     def _forward(self, given: Any) -> tuple[Any, list[Tensor]]:
         """What is made, and where backward begins."""

@@ -1,4 +1,4 @@
-"""How fast values travel between the stages, tried before the model is cut for them."""
+"""How fast values travel between the stages, and how fast workers are, tried before the model is cut for them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SMALL, LARGE = 8, 1 << 18  # bytes; the large one is more than links let pass in a burst
 ROUNDS = 3
+TRIED = 0.3  # seconds: three periods, in each of which Linux grants a limited host its part of a core
+WIDTH = 256
+ALIKE = 1.25  # times as long as the fastest: moments of one machine differ by as much
 
 
 def slowest_link(line: Group, everyone: Group) -> Link:
@@ -29,6 +32,22 @@ def slowest_link(line: Group, everyone: Group) -> Link:
     everyone.all_reduce_now(found)
     latency, wire = found.max(0).values.tolist()
     return Link(SHARED.copy, wire, latency) if wire or latency else SHARED
+
+
+def slowness_of_each(everyone: Group, device: torch.device) -> list[float]:
+    """How many times as long as the fastest each worker takes for products of matrices; all call it, and compute at
+    the same time, as they will in a step. Who takes hardly longer than the fastest is like it. Raises PeerLost.
+    """
+    factor = torch.ones(WIDTH, WIDTH, device=device)
+    found = torch.zeros(everyone.size)
+    everyone.barrier()
+    count, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < TRIED:
+        (factor @ factor).sum().item()  # a device is waited for
+        count += 1
+    found[everyone.rank] = spent / count
+    everyone.all_reduce_now(found)
+    return [each if each > ALIKE else 1.0 for each in (found / found.min()).tolist()]
 
 
 def _ask(line: Group) -> tuple[float, float]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tricorn.plan import Schedule
     from tricorn.strategy import Batch
 
-Work = tuple[list[Action], dict[int, list[Parcel]]]
+Turns = tuple[list[Action], dict[int, list[Parcel]]]
 
 
 class Pipeline:
@@ -68,7 +68,7 @@ class Pipeline:
     def train(self, batch: Batch, samples: int) -> tuple[float, int]:
         """Add the gradient sums of the batch to the stages' ``grad``; returns loss sum and count, on the last stage."""
         ranges = split(samples, self._microbatches)
-        actions, coming = self._work(len(ranges), training=True)
+        actions, coming = self._turns(len(ranges), training=True)
         self._wire.expect(coming)
         self._deferral.begin()
         step = _Step(batch, ranges, torch.zeros((), dtype=torch.float64, device=self._device))
@@ -83,7 +83,7 @@ class Pipeline:
     def evaluate(self, batch: Batch, samples: int, judge: Callable[[Any, Batch], None]) -> None:
         """Run forward only, and judge each microbatch's output on the last stage."""
         ranges = split(samples, self._microbatches)
-        actions, coming = self._work(len(ranges), training=False)
+        actions, coming = self._turns(len(ranges), training=False)
         self._wire.expect(coming)
         for chunk in self._chunks:
             chunk.eval()
@@ -100,8 +100,8 @@ class Pipeline:
                 chunk.train()
         self._wire.flush()
 
-    def _work(self, microbatches: int, *, training: bool) -> Work:
-        return _work(self._schedule, self._line.rank, self._line.size, microbatches, len(self._chunks), training)
+    def _turns(self, microbatches: int, *, training: bool) -> Turns:
+        return _turns(self._schedule, self._line.rank, self._line.size, microbatches, len(self._chunks), training)
 
     def _carry_out(self, action: Action, step: _Step, again: bool) -> None:
         key = action.chunk, action.microbatch
@@ -165,7 +165,7 @@ class Pipeline:
 
 
 @lru_cache(maxsize=64)
-def _work(schedule: Schedule, rank: int, stages: int, microbatches: int, chunks: int, training: bool) -> Work:
+def _turns(schedule: Schedule, rank: int, stages: int, microbatches: int, chunks: int, training: bool) -> Turns:
     """What a rank does, and what comes to it from each of the others."""
     orders = [order(schedule, each, stages, microbatches, chunks) for each in range(stages)]
     if not training:

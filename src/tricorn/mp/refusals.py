@@ -55,7 +55,7 @@ def _uncut(job: Job, plan: Plan, model: nn.Module) -> str | None:
     try:
         found = blocks_of(job, model, stages)
     except PlanError as error:
-        return str(error)
+        return f"{error}; {error.remedy}" if error.remedy else str(error)
     if reason := refusal(model, found, stages):
         return reason
     return None if plan.cuts is None else wrong_cuts(found, plan.cuts, stages)

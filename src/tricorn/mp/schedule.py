@@ -126,6 +126,27 @@ def _zero_bubble(rank: int, stages: int, microbatches: int) -> list[Action]:
     return actions + [Action("W", 0, i) for i in range(max(0, microbatches - rank), microbatches)]
 
 
+def gathered(actions: Sequence[Action], together: Sequence[int]) -> list[Action]:
+    """The order as it takes time, where the weight gradients of microbatches are put together (deferred.py).
+
+    ``together`` says of each chunk how many. They are computed when the last of these is, or at the end of the step:
+    who has no successor that computes meanwhile keeps all others waiting then.
+    """
+    made: list[Action] = []
+    waiting: list[list[Action]] = [[] for _ in together]
+    for action in actions:
+        held = waiting[action.chunk]
+        if action.kind in "FI":
+            made.append(action)
+        elif len(held) + 1 < together[action.chunk]:
+            made += [action._replace(kind="I")] if action.kind == "B" else []
+            held.append(action._replace(kind="W"))
+        else:
+            made += [*held, action]
+            held.clear()
+    return [*made, *(action for held in waiting for action in held)]
+
+
 def target(action: Action, rank: int, stages: int, chunks: int) -> Parcel | None:
     """What becomes of an action for another stage, None if nothing does; worker ``stage % stages`` has that stage."""
     stage = action.chunk * stages + rank

@@ -18,7 +18,7 @@ from tricorn.mp.cut import SHARED, Link
 from tricorn.mp.mesh import Mesh, chunks_of
 from tricorn.mp.part import Part
 from tricorn.mp.partition import Stage, blocks_of, tied
-from tricorn.mp.ping import slowest_link
+from tricorn.mp.ping import slowest_link, slowness_of_each
 from tricorn.mp.pipeline import Pipeline
 from tricorn.mp.schedule import microbatches_of, split
 from tricorn.plan import Schedule
@@ -198,8 +198,9 @@ class MeshTrainer:
         source = int(knows.argmax())
         if not knows.any():
             link = slowest_link(groups.line, everyone)
+            slow = [] if link == SHARED else slowness_of_each(everyone, self._device)
             if source == everyone.rank:
-                self._cuts = self._choose(stages, link)
+                self._cuts = self._choose(stages, link, slow)
         how = (int(self._recompute), SCHEDULES.index(self._schedule), self._microbatches)
         told = torch.tensor([*how, *(self._cuts or [0] * (stages - 1))], dtype=torch.int64)
         everyone.broadcast(told, source)
@@ -207,16 +208,23 @@ class MeshTrainer:
         self._recompute, self._schedule = bool(recompute), SCHEDULES[schedule]
         return tuple(cuts)
 
-    def _choose(self, stages: int, link: Link = SHARED) -> tuple[int, ...]:
+    def _choose(self, stages: int, link: Link = SHARED, slow: Sequence[float] = ()) -> tuple[int, ...]:
         """Measure, and find the best cuts; how to run them, and whether memory asks for computing activations again."""
         share = -(-self._job.batch_size // self._mesh.replicas)
         start, stop = split(share, self._microbatches)[-1]
         samples = stop - start
-        choice = choose(self._job, self._plan, stages, samples, self._microbatches, self._device, link)
+        stage_of = [self._mesh.place(rank).stage for rank in range(self._mesh.size)]
+        # Of each stage: this worker measures what the blocks take, and each waits for its slowest replica.
+        times = [each / slow[self._context.rank] for each in slow]
+        slowness = [
+            max(each for each, at in zip(times, stage_of, strict=True) if at == stage)
+            for stage in (range(self._mesh.stages) if times else ())
+        ]
+        choice = choose(self._job, self._plan, stages, samples, self._microbatches, self._device, link, slowness)
         self._recompute, self._schedule = choice.recompute, choice.schedule
         if choice.bytes:
-            stages_of = {f"worker-{rank}": self._mesh.place(rank).stage for rank in range(self._mesh.size)}
-            self._context.measured(0, "needs", {role: float(choice.bytes[s]) for role, s in stages_of.items()})
+            needs = {f"worker-{rank}": float(choice.bytes[stage]) for rank, stage in enumerate(stage_of)}
+            self._context.measured(0, "needs", needs)
         return choice.cuts
 
     def _build(self, cuts: tuple[int, ...], shards: Group) -> Part:

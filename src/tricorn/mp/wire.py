@@ -37,7 +37,7 @@ _PER_TENSOR = 3 + MAX_DIMS  # index of the dtype, whether it wants a gradient, n
 _HEADER = 2 + MAX_TENSORS * _PER_TENSOR  # whether it is a tuple, number of tensors, then the tensors
 
 
-class Part(NamedTuple):
+class TensorKind(NamedTuple):
     """One tensor of a value."""
 
     shape: tuple[int, ...]
@@ -49,10 +49,10 @@ class Kind(NamedTuple):
     """All that must be known of a value to receive it."""
 
     is_tuple: bool
-    parts: tuple[Part, ...]
+    parts: tuple[TensorKind, ...]
 
     @property
-    def wanted(self) -> list[Part]:
+    def wanted(self) -> list[TensorKind]:
         """The parts that want a gradient."""
         return [part for part in self.parts if part.wants_gradient]
 
@@ -173,7 +173,7 @@ class Wire:
 
 def kind_of(value: Any) -> Kind:
     """The kind of a value that can travel."""
-    parts = tuple(Part(tuple(part.shape), part.dtype, part.requires_grad) for part in tensors(value))
+    parts = tuple(TensorKind(tuple(part.shape), part.dtype, part.requires_grad) for part in tensors(value))
     return Kind(not isinstance(value, Tensor), parts)
 
 
@@ -202,7 +202,7 @@ def decoded(header: Tensor) -> Kind:
             raise ProtocolError(f"a stage announces a tensor of shape {shape}; at most {MAX_BYTES} bytes are allowed")
         if wants_gradient and not (dtype.is_floating_point or dtype.is_complex):
             raise ProtocolError(f"a stage wants the gradient of a tensor of {dtype}")
-        parts.append(Part(shape, dtype, bool(wants_gradient)))
+        parts.append(TensorKind(shape, dtype, bool(wants_gradient)))
     return Kind(bool(is_tuple), tuple(parts))
 
 

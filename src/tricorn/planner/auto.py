@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tricorn import planner
 from tricorn.errors import JobFailed, PlanError
 from tricorn.plan import Plan
-from tricorn.planner.explain import named, seconds
+from tricorn.planner.explain import disturbed, named, seconds
 from tricorn.planner.options import STRATEGIES, settled
 from tricorn.planner.replan import Outlook
 
@@ -38,6 +38,8 @@ def choose(
         told(f"{possible[0].strategy}, for nothing can be predicted: {error}")
         return possible[0], None
     told(f"{named(chosen.plan)}, at {seconds(chosen.seconds)} a step; `tricorn plan` says why")
+    for sentence in disturbed(found.ground.busy):
+        told(sentence)
     return chosen.plan, found.outlook
 
 

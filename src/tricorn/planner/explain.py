@@ -15,8 +15,8 @@ WORDS = {
     "wire": "on the links", "waiting": "waiting for others",
 }  # fmt: skip
 _NAMED = (
-    "zero", "compress", "local_steps", "balance", "sparse_consistency", "embeddings", "replicas", "tensor", "schedule",
-    "microbatches",
+    "zero", "compress", "compress_tables", "local_steps", "balance", "sparse_consistency", "embeddings", "replicas",
+    "tensor", "schedule", "microbatches",
 )  # fmt: skip
 SHOWN = 0.02  # of a step: terms below are not worth a word
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -50,7 +50,11 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     role, most = chosen.fullest
     memory = min(host.memory for host in ground.cluster.hosts)
     said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")
-    said += [_beside(chosen, other) for other in _others(planning, chosen)]
+    idle, more = _idle(ground, chosen.plan), _busier(planning, chosen, ground)
+    said += [_beside(chosen, other) for other in _others(planning, chosen) if other is not more]
+    if any(idle):
+        why = "no other plan that can run here has work for more." if more is None else _beside(chosen, more)
+        said.append(f"{_unused(idle, ground)} unused: {why}")
     faster = next((p for p in planning.ranked if not exact(p.plan) and p.score < chosen.score), None)
     if faster is not None and exact(chosen.plan):
         said.append(
@@ -60,15 +64,20 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
         )
     if chosen.notes:
         said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
-    if (busy := max(ground.profile.busy, ground.links.busy)) > BUSY:
-        said.insert(
-            0,
-            f"Other programs took {busy:.0%} of this machine while it was measured, and times are too long for that; "
-            "they are measured again when it is quiet.",
-        )
+    said = [*disturbed(ground.busy), *said]
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
         said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason}.")
     return said
+
+
+def disturbed(busy: float) -> list[str]:
+    """A sentence if others took so much of the machine, while it was measured, that it counts."""
+    if busy <= BUSY:
+        return []
+    return [
+        f"Other programs took {busy:.0%} of this machine while it was measured, and times are too long for that; "
+        "they are measured again when it is quiet."
+    ]
 
 
 def _others(planning: Planning, chosen: Prediction) -> list[Prediction]:
@@ -84,6 +93,31 @@ def _others(planning: Planning, chosen: Prediction) -> list[Prediction]:
     ]
 
 
+def _idle(ground: Ground, plan: Plan) -> tuple[int, int]:
+    """How many machines the plan has no work for, and how many cores."""
+    workers, servers = ground.places(plan)
+    busy = Counter(servers)
+    for host in workers:
+        busy[host] += ground.threads(plan, host)
+    free = [int(host.cores) - busy[index] for index, host in enumerate(ground.cluster.hosts)]
+    return len(free) - len(busy), sum(max(0, cores) for cores in free)
+
+
+def _unused(idle: tuple[int, int], ground: Ground) -> str:
+    hosts = ground.cluster.hosts
+    few, many, what = (idle[0], len(hosts), "machines") if idle[0] else (idle[1], int(ground.cluster.cores), "cores")
+    return f"{few} of the {many} {what} {'stays' if few == 1 else 'stay'}"
+
+
+def _busier(planning: Planning, chosen: Prediction, ground: Ground) -> Prediction | None:
+    """The best plan that leaves less idle, and that may be chosen."""
+    idle = _idle(ground, chosen.plan)
+    if not any(idle):
+        return None
+    able = (p for p in planning.ranked if exact(p.plan) or not exact(chosen.plan))
+    return next((p for p in able if _idle(ground, p.plan) < idle), None)
+
+
 def _beside(chosen: Prediction, other: Prediction) -> str:
     """How another plan differs, and by what most."""
     if other.seconds > chosen.seconds:
@@ -92,9 +126,19 @@ def _beside(chosen: Prediction, other: Prediction) -> str:
             f"{named(other.plan)} would take {seconds(other.seconds)} a step: {WORDS[term]} takes "
             f"{seconds(other.terms[term])} there, and {seconds(chosen.terms[term])} here."
         )
+    if other.lost > chosen.lost:
+        return (
+            f"{named(other.plan)} would take {seconds(other.seconds)} a step, but failures would take {_share(other)} "
+            f"of its time, and {_share(chosen)} here."
+        )
     return (
         f"{named(other.plan)} would take {seconds(other.seconds)} a step, which is as good; the simpler one is taken."
     )
+
+
+def _share(prediction: Prediction) -> str:
+    """Of its time that is lost; with failures faster than recoveries it is all of it."""
+    return f"{min(1.0, prediction.lost):.2%}"
 
 
 def _terms(prediction: Prediction) -> str:

@@ -13,6 +13,7 @@ from tricorn.plan import Plan
 from tricorn.planner.cluster import Cluster, Host
 from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
+from tricorn.planner.load import BUSY
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
 
@@ -47,6 +48,18 @@ class Ground:
     # Thousands of workers are asked for one by one, and are of a few kinds.
     _placed: dict[tuple[int, int], Placed] = field(default_factory=dict, init=False, repr=False, compare=False)
     _computing: dict[object, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def busy(self) -> float:
+        """The share of this machine that others took while job and machine were measured."""
+        return max(self.profile.busy, self.links.busy)
+
+    def jitter(self, scatter: float) -> float:
+        """How far steps of a run scatter if computing was measured to scatter so.
+
+        Beside others it says nothing of that: it is doubt of what was measured, by which all steps are as wrong.
+        """
+        return 0.0 if self.profile.busy > BUSY else scatter
 
     def places(self, plan: Plan) -> tuple[list[int], list[int]]:
         """The host of each worker and of each server."""

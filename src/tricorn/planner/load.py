@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import psutil
 
 BUSY = 0.15  # share of the cores from which on a measurement is not trusted
-PATIENCE = 4.0  # seconds for which measurements are made again
+PATIENCE = 2.0  # seconds for which measurements are made again
 GLANCE = 0.25  # seconds: the kernel counts in hundredths
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ All of it happens in forks of a process that has loaded the job, so that nothing
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -28,6 +28,7 @@ from tricorn.planner.figures import Curve, Point
 from tricorn.planner.load import Quiet
 from tricorn.planner.profile import Layer, Profile, Splitting, TableUse, crowd
 from tricorn.planner.reading import reading
+from tricorn.planner.rehearse import warm
 from tricorn.state.flat import (
     build_model,
     call_model,
@@ -36,7 +37,7 @@ from tricorn.state.flat import (
     trained_parameters,
 )
 from tricorn.state.gradient import placed
-from tricorn.state.rows import RowTable, row_tables
+from tricorn.state.rows import row_tables
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -53,8 +54,11 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
     What the user's code raises is in ``unmeasured`` or ``no_layers``, and the rest is measured nevertheless.
     """
     told("the model")
-    with crew([partial(_facts, job)]) as (line,):
-        facts = line.hear()
+    facts = _said(partial(_facts, job))
+    by_rows = facts["table_bytes"] > 0
+    if by_rows:
+        warm()
+        facts["tables"] = _said(partial(_tables, job))
     for module in facts["imported"]:  # here, or each fork would have to
         with suppress(ImportError):
             import_module(module)
@@ -64,7 +68,6 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
     kept = 0.0
     quiet = Quiet(cores)
     batch = min(job.batch_size, facts["samples"])
-    by_rows = facts["table_bytes"] > 0
     try:
         for workers, threads in crowds(cores):
             told(f"{workers} computing at once, threads: {threads}")
@@ -90,13 +93,12 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
             layers = quiet.measure(partial(_layered, job, few))
         except TricornError as error:
             no_layers = str(error)
-        with suppress(UserCodeError), crew([partial(_splitting, job, len(layers))]) as (line,):
-            splitting = msgspec.convert(line.hear(), Splitting | None)
+        with suppress(UserCodeError):
+            splitting = msgspec.convert(_said(partial(_splitting, job, len(layers))), Splitting | None)
     tables = tuple(msgspec.convert(table, TableUse) for table in facts["tables"])
     rows = reading(tables, batch, len(job.optimizer.slots), cores, quiet, told) if by_rows and not unmeasured else {}
     told("batches")
-    with crew([partial(_load, job)]) as (line,):
-        data = line.hear()
+    data = _said(partial(_load, job))
     return Profile(
         name=name, samples=facts["samples"], batch_size=job.batch_size, epochs=job.epochs,
         device=facts["device"], optimizer=type(job.optimizer).__name__, elements=facts["elements"],
@@ -110,9 +112,14 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
     )  # fmt: skip
 
 
+def _said(body: Callable[[Line], None]) -> Any:
+    """What a fork says."""
+    with crew([body]) as (line,):
+        return line.hear()
+
+
 def _layered(job: Job, samples: int) -> tuple[Layer, ...]:
-    with crew([partial(_layers, job, samples)]) as (line,):
-        return tuple(Layer(**row) for row in line.hear())
+    return tuple(Layer(**row) for row in _said(partial(_layers, job, samples)))
 
 
 def _splitting(job: Job, layers: int, line: Line) -> None:
@@ -121,7 +128,7 @@ def _splitting(job: Job, layers: int, line: Line) -> None:
     from tricorn.mp.tensor import find_for
 
     torch.set_num_threads(1)
-    model = build_model(job)
+    model = model_without_rows(job)
     samples, splits = min(2, len(as_source(job.train))), find_for(job, model, 2)
     split = {id(parameter) for name, parameter in model.named_parameters() if name in splits.of}
     blocks = [block.module for block in blocks_of(job, model, MOST_STAGES)] if layers else [model]
@@ -172,16 +179,18 @@ def _facts(job: Job, line: Line) -> None:
             "base_bytes": base,
             "imported": [name for name in sys.modules if name not in before and name.startswith(IMPORTED)],
             "table_bytes": sum(table.rows * table.dim for table in tables) * dtype_bytes,
-            "tables": _tables(job, tables) if tables else [],
+            "tables": [],
         }
     )
 
 
-def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
+def _tables(job: Job, line: Line) -> None:
     """Each table, and how many different ids of it some shares of a batch have, and some batches together."""
     from tricorn.ps.lookup import Lookups
     from tricorn.ps.rows import Wanted
 
+    model, source = model_without_rows(job), as_source(job.train)
+    tables = row_tables(job, model)
     seen = [np.empty(0, np.int64) for _ in tables]
 
     def see(wanted: list[Wanted]) -> None:
@@ -189,7 +198,6 @@ def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
             each.out_UD.zero_()
             seen[each.table] = np.union1d(seen[each.table], each.ids_U.numpy())
 
-    model, source = model_without_rows(job), as_source(job.train)
     lookups, whole = Lookups(model, tables, see), min(job.batch_size, len(source))
     unique: list[list[tuple[int, int]]] = [[] for _ in tables]
     known = False  # whether ids are found in a batch without a forward
@@ -208,10 +216,12 @@ def _tables(job: Job, tables: Sequence[RowTable]) -> list[dict[str, Any]]:
             lookups.end()
         for points, ids in zip(unique, seen, strict=True):
             points.append((stop, len(ids)))
-    return [
-        {"name": table.name, "rows": table.rows, "dim": table.dim, "unique": points}
-        for table, points in zip(tables, unique, strict=True)
-    ]
+    line.say(
+        [
+            {"name": table.name, "rows": table.rows, "dim": table.dim, "unique": points}
+            for table, points in zip(tables, unique, strict=True)
+        ]
+    )
 
 
 def _fits(facts: dict[str, Any], workers: int) -> bool:

@@ -16,7 +16,7 @@ from tricorn.plan import Plan
 from tricorn.planner.figures import Curve, Point
 from tricorn.planner.load import Quiet
 from tricorn.planner.profile import TableUse
-from tricorn.planner.rehearse import BATCHES, WARM_STEPS, Found, Read, rehearse, rows, warm
+from tricorn.planner.rehearse import BATCHES, WARM_STEPS, Found, Read, rehearse, rows
 from tricorn.planner.sweep import FLOAT, Way, counts
 
 PARTS = (1 / 4, 1.0)  # of a batch
@@ -42,9 +42,8 @@ def reading(
 ) -> dict[str, Curve]:
     """Seconds of a step without its computing, by bytes of rows: ``known/WAY/W``, and ``new/WAY/W`` where all are new.
 
-    ``slots``: of the job's optimizer. The process must have no threads but this one.
+    ``slots``: of the job's optimizer. The process must have no threads but this one, and be ``rehearse.warm``.
     """
-    warm()
     optimizer = optim.Adagrad(lr=0.0) if slots else optim.SGD(lr=0.0)
     found: dict[str, Curve] = {}
     for name, plan in ways(cores):

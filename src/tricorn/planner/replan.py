@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -34,6 +35,10 @@ class Outlook:
     @property
     def plan(self) -> Plan:
         return self.prediction.plan
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was predicted, and for which machines, as plain values."""
+        return {**self.prediction.as_dict(), "machines": msgspec.to_builtins(self.ground.cluster.hosts)}
 
     def why_not(self, plans: Sequence[Plan]) -> list[str | None]:
         """What is known of each plan; what is not known is no rival."""

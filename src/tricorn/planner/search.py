@@ -36,7 +36,8 @@ class Planning(msgspec.Struct, frozen=True, kw_only=True):
 def exact(plan: Plan) -> bool:
     """Whether the plan's updates are those of one process, up to the order of addition."""
     fresh = plan.sparse_consistency in (None, "bsp")
-    return plan.synchronous and fresh and plan.compress == "none" and plan.local_steps == 1
+    whole = {plan.compress, *plan.compress_tables.values()} == {"none"}
+    return plan.synchronous and fresh and whole and plan.local_steps == 1
 
 
 def search(ground: Ground, why_not: WhyNot, given: Mapping[str, object], *, approximate: bool) -> Planning:

@@ -16,7 +16,7 @@ import msgspec
 
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import die_with_parent, receive
-from tricorn.errors import JobFailed, PeerLost, TricornError, UsageError, UserCodeError, users_line
+from tricorn.errors import JobFailed, PeerLost, TricornError, UsageError, UserCodeError, in_words, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.planner.links import Links
@@ -124,7 +124,7 @@ def why_not(job: Job, plan: Plan) -> str | None:
     try:
         return strategy.find(plan).why_not(job, plan)
     except TricornError as error:
-        return str(error)
+        return f"{error}; {error.remedy}" if error.remedy else str(error)
     except Exception as error:
         return f"it cannot look at the model: {type(error).__name__}: {error}"
 
@@ -138,9 +138,9 @@ def _own_files() -> list[str]:
 
 
 def _mistake(error: BaseException) -> TricornError:
-    said = f"{type(error).__name__}: {error}"
+    said = in_words(error)
     where = users_line(error)
-    if where:
+    if where or hasattr(error, "__notes__"):
         return UserCodeError(said, remedy="Mend that line; `python FILE` shows the whole trace.", where=where)
     return JobFailed(f"the job cannot be measured: {said}", remedy="Name a plan by --strategy, which needs no figures.")
 

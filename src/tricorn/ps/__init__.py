@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from tricorn.job import Job
     from tricorn.plan import Plan
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tricorn.strategy import Context, Strategy, Trainer
 
 
-__all__ = ["ParameterServer", "Session", "caution", "connect", "serving", "strategy"]
+__all__ = ["ParameterServer", "Session", "caution", "connect", "serving", "strategy", "unfit_encoding"]
 
 
 def __getattr__(name: str) -> Any:
@@ -52,9 +52,10 @@ class ParameterServer:
                 f"layer {layers[0]!r} keeps statistics of the batch, which an asynchronous run does not save; use "
                 "GroupNorm or LayerNorm, or consistency bsp"
             )
-        tables = {table.parameter for table in row_tables(job, model)}
-        if tables and plan.compress == "topk":
-            return "compress topk leaves most of a row's gradient behind and nothing adds it up; use bf16, fp16 or int8"
+        rows = row_tables(job, model)
+        tables = {table.parameter for table in rows}
+        if wrong := unfit_encoding(plan.compress, plan.compress_tables, [table.name for table in rows]):
+            return f"{wrong[0]}; {wrong[1]}"
         if plan.local_steps > 1 and trained <= tables:
             return (
                 f"local_steps is {plan.local_steps}, and all that the model trains are tables, which are updated in "
@@ -71,6 +72,17 @@ class ParameterServer:
 
             return LocalTrainer(context)
         return BspTrainer(context) if context.plan.synchronous else AsyncTrainer(context)
+
+
+def unfit_encoding(compress: str, by_table: Mapping[str, str], tables: Sequence[str]) -> tuple[str, str] | None:
+    """What keeps gradients from travelling so, and what to do about it; None if nothing does."""
+    if unknown := [name for name in by_table if name not in tables]:
+        there = ", ".join(map(repr, tables)) or "none"
+        return f"compress names the table {unknown[0]!r}, which there is not", f"the tables are: {there}"
+    if compress == "topk" and (left := [name for name in tables if name not in by_table]):
+        reason = f"compress topk leaves most of a row's gradient behind and nothing adds it up, for table {left[0]!r}"
+        return reason, f"give it another encoding ({left[0]}=bf16, fp16, int8 or none)"
+    return None
 
 
 def caution(optimizer: Mapping[str, Any], plan: Plan) -> str | None:

@@ -164,6 +164,7 @@ class Asynchronous(Mode):
     def _apply(self, rank: int, request: Header, gradients: Gradients) -> None:
         description = self.table.description
         gradients.check_finite(request.step, [spec.name for spec in description.sparse])
+        self._check_unique(gradients)
         age, factor = self.version - request.version, request.numbers[0]
         if description.stale == "scale":
             factor /= 1 + age
@@ -175,6 +176,18 @@ class Asynchronous(Mode):
         self.applied.add(request.step)
         self.staleness[age] += 1
         self.fresh.append(request.step)
+
+    def _check_unique(self, gradients: Gradients) -> None:
+        """An optimizer would make two steps of one: raise ProtocolError for an id that comes twice."""
+        for spec, (ids_U, _) in zip(self.table.description.sparse, gradients.rows, strict=True):
+            if len(ids_U) > 1:
+                from tricorn.ps.sparse.ids import first_repeated
+
+                if (place := first_repeated(ids_U)) >= 0:
+                    raise ProtocolError(
+                        f"ids of table {spec.name!r} come twice: {ids_U[place]}",
+                        remedy="Give each once, with the sum of its gradients.",
+                    )
 
     def _too_old(self, request: Header) -> bool:
         description = self.table.description

@@ -7,8 +7,9 @@ table; D elements of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -71,8 +72,9 @@ class Client:
     Flat tensors have N elements, lie on the CPU and are sent from, and received into, where they lie; a gradient may be
     overwritten by being pushed. ``tables``
     are the sparse tables in the order in which requests number them, whatever their ``buckets`` say. ``compress``
-    is how gradients travel; ``feedback`` then adds to a dense gradient what earlier ones lost (its owner says when to
-    ``keep``). With ``share``, servers of this host are reached through shared memory; ``tls`` encrypts connections.
+    is how gradients travel, ``compress_tables``, by name, how those of a table's rows do where it differs; ``feedback``
+    adds to a dense gradient what earlier ones lost (its owner says when to ``keep``). With ``share``, servers of this
+    host are reached through shared memory; ``tls`` encrypts connections.
 
     Every request raises PeerLost when a server is lost or the client interrupted, and the error that a server
     reports; after these the client is of no more use. UsageError for ids and rows that do not fit is raised before
@@ -90,6 +92,7 @@ class Client:
         epoch: int,
         tables: Sequence[TableSpec] = (),
         compress: str = "none",
+        compress_tables: Mapping[str, str] = MappingProxyType({}),
         feedback: ErrorFeedback | None = None,
         share: bool = True,
         tls: ssl.SSLContext | None = None,
@@ -100,7 +103,7 @@ class Client:
             "channel": "ps", "rank": rank, "incarnation": incarnation, "epoch": epoch, "protocol": PROTOCOL
         }  # fmt: skip
         self._share, self._tls = share, tls
-        self._wire = Exchange(slices, tables, compress, feedback)
+        self._wire = Exchange(slices, tables, compress, compress_tables, feedback)
         self._interrupted = False
         self._version = 0  # the synchronous version that was pulled last
         self._reading: Reading | None = None

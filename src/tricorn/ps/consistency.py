@@ -57,6 +57,11 @@ class Bsp:
         self.complete = len(self._contributed) == self._workers
         return self.complete
 
+    @property
+    def missing(self) -> set[int]:
+        """The slots that the step at hand waits for; none while nobody has contributed."""
+        return {*range(self._workers)} - self._contributed if self._contributed else set()
+
     def pull(self, version: int) -> bool:
         """Whether the pull of that version has to apply the complete step first; raises ProtocolError if neither."""
         if version == self.version:

@@ -89,7 +89,7 @@ def _amounts(plan: Plan, ground: Ground) -> tuple[float, float, float]:
 
 def _agreed(plan: Plan, ground: Ground, found: Parts) -> dict[str, float]:
     """A step waits for the slowest; then all exchange at once."""
-    idle = waiting(found.computing, found.scatter, stalls_of(plan, ground))
+    idle = waiting(found.computing, ground.jitter(found.scatter), stalls_of(plan, ground))
     mean = sum(found.computing) / plan.workers
     return {COMPUTE: mean, IDLE: idle, DATA: found.loading, **found.after}
 

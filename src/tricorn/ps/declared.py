@@ -63,7 +63,7 @@ class Declared:
         return Client(
             seat.servers, place(self._entries, len(seat.servers)), context.secret, rank=context.rank,
             incarnation=context.incarnation, epoch=seat.epoch, tables=_specs(context.job, self._tables, (0, 0)),
-            compress=compress, feedback=feedback,
+            compress=compress, compress_tables=context.plan.compress_tables, feedback=feedback,
         )  # fmt: skip
 
     def connect(

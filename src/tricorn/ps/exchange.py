@@ -6,7 +6,7 @@ in one table, of D elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, dtype
@@ -34,11 +34,16 @@ class Exchange:
     """
 
     def __init__(
-        self, slices: Sequence[Slice], tables: Sequence[TableSpec], compress: str, feedback: ErrorFeedback | None
+        self,
+        slices: Sequence[Slice],
+        tables: Sequence[TableSpec],
+        compress: str,
+        by_table: Mapping[str, str],
+        feedback: ErrorFeedback | None,
     ) -> None:
         self.slices = tuple(slices)
         self.servers: list[Transport] = []
-        self.rows = Rows(tables, bucket_stops(len(slices)), compress)
+        self.rows = Rows(tables, bucket_stops(len(slices)), [by_table.get(table.name, compress) for table in tables])
         self._encoding = ENCODINGS.index(compress)
         self._feedback = feedback
         self._last: dict[int, memoryview] = {}  # by server, the dense gradient as it was encoded

@@ -92,6 +92,11 @@ class Mode(ABC):
         """Whether the request that was handled last has its answer; if not, it may have it now. Asked until it has."""
         return True
 
+    @property
+    def awaited(self) -> set[int]:
+        """The workers without whom the requests of others are not answered."""
+        return set()
+
     def _inbox(self, rank: int, request: Header) -> memoryview:
         """Room for the payload of a request, whose length is judged first."""
         self._check_length(request)

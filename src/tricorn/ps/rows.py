@@ -64,13 +64,16 @@ class Split(NamedTuple):
 
 
 class Rows:
-    """What a client has to know of its sparse tables. ``stops``: for each server the end of its buckets."""
+    """What a client has to know of its sparse tables. ``stops``: for each server the end of its buckets.
 
-    def __init__(self, specs: Sequence[TableSpec], stops: Sequence[int], compress: str) -> None:
+    ``encodings``: for each table how gradients of its rows travel.
+    """
+
+    def __init__(self, specs: Sequence[TableSpec], stops: Sequence[int], encodings: Sequence[str]) -> None:
         self.specs = tuple(specs)
         self._stops_S = np.array(stops, np.int64)
         self._kept = [Kept() for _ in stops]
-        self._encoding = ENCODINGS.index(compress)
+        self._encodings = [ENCODINGS.index(name) for name in encodings]
         self._splits: OrderedDict[int, Split] = OrderedDict()
 
     def check(self, asked: Sequence[Wanted | RowGradients]) -> None:
@@ -126,7 +129,7 @@ class Rows:
                 continue
             split = self.split(each.ids_U)
             digest, flags = self._named(server, table, split, whole=whole, reads=isinstance(each, Wanted))
-            encoding = self._encoding if isinstance(each, RowGradients) else 0
+            encoding = self._encodings[table] if isinstance(each, RowGradients) else 0
             writer.block(split.of(server), digest=digest, flags=flags, encoding=encoding)
             if isinstance(each, RowGradients):
                 flat = self._part(split, each.grads_UD, server).flatten()

@@ -103,15 +103,17 @@ class Server:
         workers: int,
         generation: int = 0,
         applied: Sequence[tuple[int, int]] = (),
+        alone: bool = False,
     ) -> None:
         """Serve the workers of this membership epoch, going on from ``step``.
 
         ``source`` is "initial" (the worker of rank 0 brings the weights), "keep" or "checkpoint" (of that folder).
         An asynchronous run that does not keep its state takes ``generation`` as the name of what it becomes, and
-        ``applied``, intervals [start, stop), as the steps that are in it. Raises ClusterError or ProtocolError if
+        ``applied``, intervals [start, stop), as the steps that are in it. ``alone``: nobody will regroup, so whoever
+        waits for a worker that has left is told. Raises ClusterError or ProtocolError if
         there is nothing to keep, or not that step.
         """
-        beginning = Beginning(epoch, step, source, checkpoint, workers, generation, applied)
+        beginning = Beginning(epoch, step, source, checkpoint, workers, generation, applied, alone)
         self._call(lambda: self._begin(beginning))
 
     def snapshot(self, step: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from tricorn.errors import ClusterError, ProtocolError
+from tricorn.errors import ClusterError, PeerLost, ProtocolError
 from tricorn.ps import memory
 from tricorn.ps.asynchronous import Asynchronous
 from tricorn.ps.modes import Mode, Outlet
@@ -32,7 +32,10 @@ _nowhere = memoryview(bytearray(1 << 16))  # where bytes go that nobody wants
 
 
 class Beginning(NamedTuple):
-    """From where a membership epoch goes on; ``source`` is initial, keep or checkpoint."""
+    """From where a membership epoch goes on; ``source`` is initial, keep or checkpoint.
+
+    ``alone``: nobody regroups the workers when one is lost, so that the others have to be told.
+    """
 
     epoch: int
     step: int
@@ -41,6 +44,7 @@ class Beginning(NamedTuple):
     workers: int
     generation: int
     applied: Sequence[tuple[int, int]]
+    alone: bool = False
 
 
 class Service:
@@ -186,6 +190,7 @@ class Service:
                 yield from self._barrier(rank, request)
             else:
                 while not (self._open and self._mode and self._mode.ready(rank, request)):
+                    self._check_there(self._mode.awaited if self._mode else {0})
                     yield None
                 mode = self._mode
                 if greeted is not mode:
@@ -202,8 +207,18 @@ class Service:
                     mode.handle(rank, request, lent or room)
                 self.changed = True  # what was pushed may free others, though its own answer has to wait
                 while not mode.answered(rank):
+                    self._check_there(mode.awaited)
                     yield None
             self.changed = True
+
+    def _check_there(self, awaited: set[int]) -> None:
+        """Raise PeerLost if somebody has left who is waited for, and whom nobody replaces."""
+        if self.beginning and self.beginning.alone and (gone := awaited & self._left):
+            ranks = f"ranks {sorted(gone)} have" if len(gone) > 1 else f"rank {min(gone)} has"
+            raise PeerLost(
+                f"the client of {ranks} left, and this one waits for it",
+                remedy="Start it again under its rank; then connect again, and go on from the version that is pulled.",
+            )
 
     def _barrier(self, rank: int, request: Header) -> Conversation:
         if request.length:
@@ -229,6 +244,7 @@ class Service:
         room = memoryview(bytearray(request.length))
         description = read_description(bytes((yield room) or room))
         while rank != 0 and not (self._open and self._mode):
+            self._check_there({0})
             yield None
         if self._mode:
             if other := difference(self._mode.table.description, description):
@@ -287,10 +303,10 @@ class Service:
 
 
 def _new_mode(table: Table, outlet: Outlet, beginning: Beginning) -> Mode:
-    _, step, _, _, workers, generation, applied = beginning
+    step = beginning.step
     if table.description.consistency == "bsp":
-        return Synchronous(table, outlet, workers=workers, step=step)
-    return Asynchronous(table, outlet, step=step, generation=generation, applied=applied)
+        return Synchronous(table, outlet, workers=beginning.workers, step=step, alone=beginning.alone)
+    return Asynchronous(table, outlet, step=step, generation=beginning.generation, applied=beginning.applied)
 
 
 def discard(count: int) -> Conversation:

@@ -19,8 +19,8 @@ from tricorn.comm.lane import Handle, Lane
 from tricorn.comm.sockets import Address
 from tricorn.errors import UsageError
 from tricorn.optim import Optimizer
-from tricorn.plan import Consistency
-from tricorn.ps import memory
+from tricorn.plan import Consistency, RowCompression
+from tricorn.ps import memory, unfit_encoding
 from tricorn.ps.access import Access, read
 from tricorn.ps.blocks import ENCODINGS
 from tricorn.ps.client import Client
@@ -60,8 +60,9 @@ class Session:
     same shapes, from which ``push`` sends; where a server is on this host it reads them in place. So both belong to
     the servers until the ticket of the request was waited for, and so do the ids and gradients of rows.
 
-    A ticket raises PeerLost when a server is lost, and what a server says: ProtocolError for another declaration,
-    Diverged for a gradient that is not finite (nothing is changed by it), TableFull at a limit of memory.
+    A ticket raises PeerLost when a server is lost, or a client whose gradients a synchronous step waits for, and what a
+    server says: ProtocolError for another declaration, Diverged for a gradient that is not finite (nothing is changed
+    by it), TableFull at a limit of memory.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ def connect(
     staleness: int = 3,
     seed: int = 0,
     compress: str = "none",
+    compress_tables: Mapping[str, str] | None = None,
     share: bool = True,
     tls: Path | str | None = None,
 ) -> Session:
@@ -234,9 +236,10 @@ def connect(
 
     ``servers``: the file that ``tricorn server`` writes, what ``serving`` yields, or addresses, and then their
     ``secret``. ``dense``: names and initial values (those of rank 0 count), all of one type, float32 or float64.
-    ``tables``: for each sparse table the width of its rows and how they are trained. ``tls``: the file of the
-    certificate to trust. Raises UsageError, PeerLost when nobody answers, AuthenticationError for a wrong secret or
-    certificate, and ProtocolError when the servers hold something else.
+    ``tables``: for each sparse table the width of its rows and how they are trained. ``compress``: how gradients travel
+    (none, bf16, fp16, int8 or topk); ``compress_tables``: those of the rows of a table, where it differs. ``tls``: the
+    file of the certificate to trust. Raises UsageError, PeerLost when nobody answers, AuthenticationError for a wrong
+    secret or certificate, and ProtocolError when the servers hold something else.
     """
     access = read(Path(servers)) if isinstance(servers, str | Path) else servers
     if isinstance(access, Access):
@@ -247,7 +250,9 @@ def connect(
         raise UsageError("no servers, or no secret", remedy="Give addresses with their secret, or the servers' file.")
     if not 0 <= rank < 1 << _RANK_BITS:
         raise UsageError(f"rank {rank} is not from 0 to {(1 << _RANK_BITS) - 1}", remedy="Count clients from 0.")
-    _check(optimizer, consistency, sparse_consistency, staleness, compress, tables=bool(tables))
+    by_table = dict(compress_tables or {})
+    _check(optimizer, consistency, sparse_consistency, staleness)
+    _check_encodings(compress, by_table, [*(tables or {})])
     entries = {name: tensor.detach().cpu() for name, tensor in (dense or {}).items()}
     kinds = {tensor.dtype for tensor in entries.values()} or {torch.float32}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
@@ -263,7 +268,8 @@ def connect(
         feedback = codecs.ErrorFeedback(codecs.find(compress), layout(shapes)[-1].stop if shapes else 0, dtype)
     client = Client(
         addresses, slices, secret, rank=rank, incarnation=time.time_ns() // 1000, epoch=EPOCH, tables=specs,
-        compress=compress, feedback=feedback, share=share, tls=client_tls(Path(tls)) if tls else None,
+        compress=compress, compress_tables=by_table, feedback=feedback, share=share,
+        tls=client_tls(Path(tls)) if tls else None,
     )  # fmt: skip
     try:
         client.connect()
@@ -290,13 +296,7 @@ def connect(
 
 
 def _check(
-    optimizer: Optimizer,
-    consistency: Consistency,
-    sparse_consistency: Consistency | None,
-    staleness: int,
-    compress: str,
-    *,
-    tables: bool,
+    optimizer: Optimizer, consistency: Consistency, sparse_consistency: Consistency | None, staleness: int
 ) -> None:
     """Raise UsageError for what no server could do."""
     for field, given, would_do in optimizer.mistakes():
@@ -306,13 +306,15 @@ def _check(
             raise UsageError(f"{name} is {value!r}", remedy=f"Give one of {', '.join(get_args(Consistency))}.")
     if not isinstance(staleness, int) or staleness < 0:
         raise UsageError(f"staleness is {staleness!r}", remedy="Give a whole number of clocks, 0 or more.")
-    if compress not in ENCODINGS:
-        raise UsageError(f"there is no encoding {compress!r}", remedy=f"Give one of {', '.join(ENCODINGS)}.")
-    if compress == "topk" and tables:
-        raise UsageError(
-            "topk leaves most of what rows have learned out for good",
-            remedy="With tables, give another encoding: bf16, fp16 or int8.",
-        )
+
+
+def _check_encodings(compress: str, by_table: Mapping[str, str], tables: Sequence[str]) -> None:
+    """Raise UsageError for an encoding that there is not, or not for rows, and for a table that there is not."""
+    for given, possible in ((compress, ENCODINGS), *((each, get_args(RowCompression)) for each in by_table.values())):
+        if given not in possible:
+            raise UsageError(f"there is no encoding {given!r}", remedy=f"Give one of {', '.join(possible)}.")
+    if wrong := unfit_encoding(compress, by_table, tables):
+        raise UsageError(wrong[0], remedy=f"{wrong[1][0].upper()}{wrong[1][1:]}.")
 
 
 def _views(flat_N: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def serve(
 
 def welcome(server: Server, workers: int) -> None:
     """Have a server that serves admit clients of ranks 0 to ``workers`` - 1."""
-    server.begin(epoch=EPOCH, step=0, source="initial", checkpoint=None, workers=workers)
+    server.begin(epoch=EPOCH, step=0, source="initial", checkpoint=None, workers=workers, alone=True)
 
 
 @contextmanager

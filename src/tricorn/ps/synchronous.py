@@ -30,13 +30,15 @@ class Synchronous(Mode):
 
     keeps_payloads = True
 
-    def __init__(self, table: Table, outlet: Outlet, *, workers: int, step: int) -> None:
+    def __init__(self, table: Table, outlet: Outlet, *, workers: int, step: int, alone: bool = False) -> None:
         super().__init__(table, outlet)
+        self._by_themselves = alone
         self._workers = workers
         self._bsp = Bsp(workers, step, table.description.local_steps)
         self._whole = True  # whether the dense part is of the same step as the rows
         self._sums: dict[int, Gradients] = {}  # by rank, of the step at hand
         self._mean: Gradients | None = None  # of the complete step
+        self._waiting: set[int] = set()  # ranks whose push of that step has no answer yet
         self._statuses: dict[int, tuple[float, ...]] = {}
         self._acks: dict[int, Header] = {}  # of the last two complete steps, in their order
         self._failure: TricornError | None = None  # why the complete step cannot be applied
@@ -51,6 +53,7 @@ class Synchronous(Mode):
         self._bsp.begin(step, workers)
         self._workers = workers
         self._sums.clear()
+        self._waiting.clear()
         self._kept.clear()
         self._failure = None
         if not self._bsp.complete:
@@ -67,8 +70,16 @@ class Synchronous(Mode):
             return None
         return self._inbox(rank, request)
 
+    def answered(self, rank: int) -> bool:
+        return not self._by_themselves or rank not in self._waiting  # where nobody regroups, who waits hears of a loss
+
+    @property
+    def awaited(self) -> set[int]:
+        return self._bsp.missing
+
     def leave(self, rank: int) -> None:
         """A lost worker's contribution counts: it may have been seen as part of a complete step elsewhere."""
+        self._waiting.discard(rank)
 
     def _handle(self, rank: int, request: Header, payload: memoryview) -> None:
         match request.op:
@@ -96,6 +107,7 @@ class Synchronous(Mode):
             if any(len(other.dense_S) != len(gradients.dense_S) for other in self._sums.values()):
                 raise ProtocolError(f"step {request.step} with a dense part from some workers and without from others")
             self._sums[rank] = gradients
+            self._waiting.add(rank)
             self._statuses[rank] = request.numbers
             if self.table.description.row_consistency != "bsp":
                 self.staleness[max(0, request.step - request.version)] += 1
@@ -114,8 +126,9 @@ class Synchronous(Mode):
         norm = sum(squared_norm(flat) for flat in self._mean.flats())
         ack = Header(Op.ACK, step=step, version=step, numbers=(*status[:5], norm))
         self._acks = dict([*self._acks.items()][-1:]) | {step: ack}
-        for rank in ranks:
+        for rank in self._waiting:
             self._outlet.send(rank, ack)
+        self._waiting.clear()
 
     def _pull(self, rank: int, request: Header, payload: memoryview) -> None:
         if self._bsp.pull(request.version):

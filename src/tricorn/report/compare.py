@@ -65,10 +65,10 @@ def sentence(summary: Mapping[str, Any]) -> str:
     term = summary["worst_term"]
     words = {
         "compute": "computing", "data": "making batches", "waiting": "waiting for others",
-        "exchange": "all that is not computing",
+        "exchange": "updates and communication",
     }  # fmt: skip
     return (
         f"a step took {1e3 * found['step']:.3g} ms, predicted {1e3 * predicted['step']:.3g} "
-        f"({1e3 * predicted['low']:.3g} to {1e3 * predicted['high']:.3g}); furthest off: {words[term]}, "
+        f"({1e3 * predicted['low']:.3g} to {1e3 * predicted['high']:.3g}); the largest difference is in {words[term]}: "
         f"{1e3 * found[term]:.3g} ms, predicted {1e3 * predicted[term]:.3g}"
     )

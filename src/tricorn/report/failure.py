@@ -1,16 +1,17 @@
-"""How an error is shown, last of all: what happened, where in the user's code, and what to do."""
+"""How a run that did not end well is shown, last of all: what happened, where in the user's code, what to do."""
 
 from __future__ import annotations
 
 from typing import Any, TextIO
 
-from tricorn.errors import TricornError
+from tricorn.errors import Interrupted, TricornError
 
 
 def show(error: TricornError, stream: TextIO) -> None:
     """Write the error, the line of the user's own code if one is known, and the remedy if there is one."""
-    parts = [("error", str(error)), ("where", error.where), ("what to do", error.remedy)]
-    stream.write("\n" + "".join(f"{label}: {text}\n" for label, text in parts if text))
+    labels = ("", "", "") if isinstance(error, Interrupted) else ("error: ", "where: ", "what to do: ")
+    parts = zip(labels, (str(error), error.where, error.remedy), strict=True)
+    stream.write("\n" + "".join(f"{label}{text}\n" for label, text in parts if text))
     stream.flush()
 
 

@@ -55,7 +55,9 @@ class Progress:
             self._end_epoch()
         self._first = self._first or (step, now)
         self._epoch, self._untold = epoch, True
-        self._figures = f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s"
+        self._figures = f"loss {loss:.4f}"
+        if samples_per_second > 0:  # not known by the first word
+            self._figures += f"  {_rate(samples_per_second)}"
         eta = remaining(*self._first, step, now, self._total)
         left = "" if eta is None else f"  {duration(eta)} left"
         self._advance(step, now, f"epoch {epoch + 1}/{self._epochs}  {self._figures}{left}")
@@ -75,7 +77,7 @@ class Progress:
         self._end_epoch()
         self._say(
             f"done: {summary['steps']:,} steps, {summary['samples']:,} samples in {duration(summary['seconds'])}"
-            f" ({summary['samples_per_second']:,.0f} samples/s)  loss {shown(summary['loss'])}"
+            f" ({_rate(summary['samples_per_second'])})  loss {shown(summary['loss'])}"
             + _evaluation(summary["metrics"])
         )
         if said := sentence(summary):
@@ -163,6 +165,10 @@ def duration(seconds: float) -> str:
 
 def _evaluation(metrics: Mapping[str, float]) -> str:
     return "".join(f"  evaluation {name} {shown(float(value))}" for name, value in metrics.items())
+
+
+def _rate(samples_per_second: float) -> str:
+    return f"{samples_per_second:,.{0 if samples_per_second >= 10 else 2}f} samples/s"
 
 
 def _plural(count: int, noun: str) -> str:

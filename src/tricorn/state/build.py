@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,10 +41,7 @@ def sparing(limit: int | None = None) -> Iterator[None]:
     Raises StorageError if there is no room for the files.
     """
     limit = limit_bytes() if limit is None else limit
-    if limit is None:
-        yield
-        return
-    with _Sparing(int(SHARE * limit)):
+    with _Sparing(sys.maxsize if limit is None else int(SHARE * limit)):
         yield
 
 

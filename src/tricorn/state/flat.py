@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tricorn.errors import note
 from tricorn.state.build import sparing
 from tricorn.state.rows import begin_rows
 from tricorn.state.runs import Runs, matches
@@ -248,8 +249,12 @@ def _places(entries: Sequence[Entry], start: int, stop: int | None) -> Iterator[
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Hand inputs to the model as argument, arguments or keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+    try:
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return model(*inputs)
+        return model(inputs)
+    except Exception as error:
+        note(error, "model", inputs=inputs)
+        raise

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tricorn.errors import Diverged, JobFailed
+from tricorn.errors import Diverged, JobFailed, form, note
 from tricorn.state.flat import WEIGHT_DTYPES, call_model
 
 if TYPE_CHECKING:
@@ -66,7 +66,16 @@ def loss_sum(job: Job, output: Any, batch: Batch) -> Tensor:
     device = device_of_output(output)
     target = placed(job, batch.target, device)
     with autocast(job, device):
-        loss: Tensor = job.loss(output, target)
+        try:
+            loss: Tensor = job.loss(output, target)
+        except Exception as error:
+            note(error, "loss", output=output, target=target, inputs=batch.inputs)
+            raise
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise JobFailed(
+                f"the loss gives {form(loss)}, not one number, of output {form(output)} and target {form(target)}",
+                remedy='Return a tensor with the mean over the samples given, as with reduction="mean".',
+            )
         if job.loss not in _MEANS and batch.samples > 1:
             _MEANS.append(job.loss)
             _refuse_sum(job, output, target, batch.samples // 2)

@@ -12,6 +12,7 @@ import torch
 
 from tricorn.data.order import Permutation, step_range, steps_per_epoch
 from tricorn.data.sources import Ids, Source, as_source
+from tricorn.errors import note
 from tricorn.job import Job
 from tricorn.strategy import Batch
 
@@ -106,7 +107,11 @@ class Batches:
         if not len(ids):
             return EMPTY
         inputs, target = source.fetch(ids)
-        count = len(ids) if self._job.count is None else int(self._job.count(inputs, target))
+        try:
+            count = len(ids) if self._job.count is None else int(self._job.count(inputs, target))
+        except Exception as error:
+            note(error, "count", inputs=inputs, target=target)
+            raise
         return Batch(inputs=inputs, target=target, samples=len(ids), count=count)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tricorn.errors import JobFailed
+from tricorn.errors import JobFailed, note
 from tricorn.job import Job
 from tricorn.state.gradient import device_of_output, loss_sum, placed
 from tricorn.strategy import Batch, Trainer
@@ -25,7 +25,12 @@ class Judge:
         if batch.count:
             self._add("loss", loss_sum(self._job, output, batch).item(), batch.count)
         for name, metric in self._job.metrics.items():
-            self._add(name, _number(name, metric(output, target)) * batch.samples, batch.samples)
+            try:
+                value = metric(output, target)
+            except Exception as error:
+                note(error, f"metrics[{name!r}]", output=output, target=target, inputs=batch.inputs)
+                raise
+            self._add(name, _number(name, value) * batch.samples, batch.samples)
         self.samples += batch.samples
 
     def _add(self, name: str, value: float, weight: float) -> None:

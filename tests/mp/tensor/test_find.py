@@ -13,6 +13,7 @@ from tricorn import data, optim
 from tricorn.job import Job
 from tricorn.mp.tensor import Part, apply, find, find_for
 from tricorn.state.slabs import Slab, slab_of
+from tricorn.table import Table
 
 from . import models as make
 
@@ -116,6 +117,17 @@ def test_the_jobs_own_data_is_looked_at():
         batch_size=2, epochs=1, precision="float64",
     )  # fmt: skip
     assert find_for(job, make.Mlp().double(), 3).of["layers.0.weight"] == Part(0, ((13, 13),))
+
+
+def test_a_table_that_has_no_values_yet_is_looked_at_nevertheless():
+    model = nn.Sequential(nn.Embedding(50, 8).to("meta"), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    job = Job(
+        model=lambda: model, loss=F.cross_entropy, optimizer=optim.SGD(lr=0.1), batch_size=2, epochs=1,
+        train=data.arrays(torch.zeros(2).long(), torch.zeros(2).long()), tables={"0": Table(std=0.1)},
+    )  # fmt: skip
+    weight = model[0].weight
+    assert dims(find_for(job, model, 2)) == {"1.weight": 0, "1.bias": 0, "3.weight": 1}
+    assert model[0].weight is weight
 
 
 def test_modules_stay_what_they_are(shards):

@@ -1,7 +1,8 @@
 """A process group of ``torch.distributed`` whose ranks on one host talk through shared memory.
 
-Ranks on several hosts: an all-reduce, a broadcast and a barrier go through shared memory inside each host and
-between one leader of each over Gloo; the other operations over Gloo. Tensors on a GPU go over NCCL.
+Ranks on several hosts: an all-reduce, an all-gather, a reduce-scatter, a broadcast and a barrier go through shared
+memory inside each host and between one leader of each over Gloo; the other operations over Gloo. Tensors on a GPU go
+over NCCL.
 """
 
 from __future__ import annotations

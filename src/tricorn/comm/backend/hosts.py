@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,9 @@ PATIENCE = 2.0  # seconds that a host waits longer for its leader than that one 
 
 
 class Hosts:
-    """All-reduce, broadcast and barrier use shared memory within each host, so that a tensor crosses the network once
-    for each host. ``local`` are the ranks of this host, ``gloo`` is a group of all ranks for everything else.
+    """All-reduce, all-gather, reduce-scatter, broadcast and barrier use shared memory within each host, so that what
+    is the same for all of its ranks crosses the network once. ``local`` are the ranks of this host, ``gloo`` is a group
+    of all ranks for everything else.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class Hosts:
         hosts = list(dict.fromkeys(ticket.host for ticket in tickets))
         self._host_of = [hosts.index(ticket.host) for ticket in tickets]
         self._host = self._host_of[rank]
-        self._near = [peer for peer, host in enumerate(self._host_of) if host == self._host]
+        self._ranks = [[peer for peer, at in enumerate(self._host_of) if at == host] for host in range(len(hosts))]
+        self._near = self._ranks[self._host]
         self._rank = rank
         self._size = len(tickets)
         self._barrier = torch.zeros(1)
@@ -73,15 +76,42 @@ class Hosts:
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """Inside the root's host, between the leaders, inside the other hosts."""
         home = self._host_of[root]
-        options = dist.BroadcastOptions()
-        options.rootRank = home
         with self._together(f"broadcast ({tensor.nbytes} bytes)"):
             if self._host == home:
                 self.local.broadcast(tensor, self._near.index(root))
             if self._leaders:
-                self._leaders.broadcast([tensor], options).wait()
+                _broadcast(self._leaders, tensor, home).wait()
             if self._host != home:
                 self.local.broadcast(tensor, 0)
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
+        """``outputs[r]`` becomes the tensor of rank r: inside each host, between the leaders, and back."""
+        with self._together(f"all_gather ({tensor.nbytes} bytes)"):
+            packed, parts = self._packed(outputs)
+            self.local.all_gather([parts[peer] for peer in self._near], tensor.view(-1))
+            self._between(packed, parts, _broadcast)
+            self.local.broadcast(packed, 0)
+        for output, part in zip(outputs, parts, strict=True):
+            output.view(-1).copy_(part)
+
+    def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor], operation: str = "sum") -> None:
+        """``output`` becomes everybody's ``inputs[rank]`` reduced: inside each host, between the leaders, and back.
+
+        Raises UsageError, and the group goes on, where ``Shared.reduce_scatter`` does.
+        """
+        sums.reduction(output.dtype, operation)
+        within = "sum" if operation == "avg" else operation
+        with self._together(f"reduce_scatter ({output.nbytes} bytes)"):
+            packed, parts = self._packed(inputs)
+            for part, tensor in zip(parts, inputs, strict=True):
+                part.copy_(tensor.view(-1))
+            self.local.reduce(packed, 0, within)
+            self._between(packed, parts, partial(_reduce, _GLOO[within]))
+            nothing = [packed[:0]] * len(self._near)
+            sends = [parts[peer] for peer in self._near] if self._leaders else nothing
+            self.local.all_to_all([output.view(-1), *nothing[1:]], sends)
+            if operation == "avg":
+                output /= self._size
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
@@ -98,6 +128,23 @@ class Hosts:
         """
         self.local.interrupt(reason)
 
+    def _packed(self, like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Room for what each rank has, that of a host's ranks side by side; and the part of each rank."""
+        order = [rank for ranks in self._ranks for rank in ranks]
+        packed = like[0].new_empty(sum(part.numel() for part in like))
+        parts = dict(zip(order, packed.split_with_sizes([like[rank].numel() for rank in order]), strict=True))
+        return packed, [parts[rank] for rank in range(self._size)]
+
+    def _between(
+        self, packed: Tensor, parts: Sequence[Tensor], start: Callable[[dist.ProcessGroup, Tensor, int], dist.Work]
+    ) -> None:
+        """On leaders, do what ``start`` begins with the parts of each host, whose leader is the root."""
+        if self._leaders:
+            sizes = [sum(parts[rank].numel() for rank in ranks) for ranks in self._ranks]
+            blocks = enumerate(packed.split_with_sizes(sizes))
+            for work in [start(self._leaders, block, host) for host, block in blocks]:
+                work.wait()
+
     @contextlib.contextmanager
     def _together(self, what: str) -> Iterator[None]:
         """What one host or the way between them fails in, all fail in, instead of waiting for the timeout."""
@@ -111,6 +158,18 @@ class Hosts:
             reason = lost(self.far, what, error)
             self.local.interrupt(reason)
             raise PeerLost(reason) from error
+
+
+def _broadcast(group: dist.ProcessGroup, tensor: Tensor, root: int) -> dist.Work:
+    options = dist.BroadcastOptions()
+    options.rootRank = root
+    return group.broadcast([tensor], options)
+
+
+def _reduce(operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup, tensor: Tensor, root: int) -> dist.Work:
+    options = dist.ReduceOptions()
+    options.reduceOp, options.rootRank = dist.ReduceOp(operation), root
+    return group.reduce([tensor], options)
 
 
 def lost(far: str, what: str, error: BaseException) -> str:

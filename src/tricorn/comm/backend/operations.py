@@ -12,12 +12,15 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from tricorn.comm.backend.hosts import Hosts
-from tricorn.comm.backend.tensors import each_in_one_piece, in_one_piece, reduction, sent
+from tricorn.comm.backend.tensors import OnePiece, each_in_one_piece, reduction, sent
 from tricorn.comm.backend.work import FarWork, Work
 from tricorn.comm.shared import Shared
 from tricorn.errors import PeerLost, UsageError
 
-_WIDE = {"allreduce", "allreduce_coalesced", "broadcast", "barrier"}
+_WIDE = {
+    "allreduce", "allreduce_coalesced", "broadcast", "barrier", "allgather", "all_gather_single_coalesced",
+    "reduce_scatter",
+}  # fmt: skip
 
 
 class Operations:
@@ -42,7 +45,7 @@ class Operations:
             for tensor in tensors:
                 operation, factor = reduction(opts, tensor)
                 if self._rank == opts.rootRank:
-                    with in_one_piece(tensor) as whole:
+                    with OnePiece(tensor) as whole:
                         if factor is not None:
                             whole.mul_(factor)
                         self._shared.reduce(whole, opts.rootRank, operation)
@@ -54,7 +57,7 @@ class Operations:
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
         def work() -> None:
             for tensor in tensors:
-                with in_one_piece(tensor) as whole:
+                with OnePiece(tensor) as whole:
                     self._wide.broadcast(whole, opts.rootRank)
 
         return self._do("broadcast", work, tensors, opts, tensors, opts)
@@ -63,7 +66,7 @@ class Operations:
         def work() -> None:
             for row, tensor in zip(outputs, inputs, strict=True):
                 with each_in_one_piece(row) as wholes:
-                    self._shared.all_gather(wholes, sent(tensor))
+                    self._wide.all_gather(wholes, sent(tensor))
 
         return self._do(
             "allgather", work, inputs, opts, outputs, inputs, opts, results=[each for row in outputs for each in row]
@@ -78,8 +81,8 @@ class Operations:
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         def work() -> None:
             for output, tensor in zip(outputs, inputs, strict=True):
-                with in_one_piece(output) as whole:
-                    self._shared.all_gather(whole.view(-1).tensor_split(self._size), sent(tensor))
+                with OnePiece(output) as whole:
+                    self._wide.all_gather(whole.view(-1).tensor_split(self._size), sent(tensor))
 
         return self._do("all_gather_single_coalesced", work, inputs, opts, outputs, inputs, opts, results=outputs)
 
@@ -87,9 +90,9 @@ class Operations:
         def work() -> None:
             for output, row in zip(outputs, inputs, strict=True):
                 operation, factor = reduction(opts, output)
-                with in_one_piece(output) as whole:
+                with OnePiece(output) as whole:
                     parts = [sent(part, factor) for part in row]
-                    self._shared.reduce_scatter(whole, parts, operation)
+                    self._wide.reduce_scatter(whole, parts, operation)
 
         return self._do("reduce_scatter", work, outputs, opts, outputs, inputs, opts)
 
@@ -104,7 +107,7 @@ class Operations:
         self, output: Tensor, tensor: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
     ) -> Any:
         def work() -> None:
-            with in_one_piece(output) as whole:
+            with OnePiece(output) as whole:
                 self._shared.all_to_all(self._split(whole, output_sizes), self._split(sent(tensor), input_sizes))
 
         arguments = (output, tensor, output_sizes, input_sizes, opts)
@@ -131,7 +134,7 @@ class Operations:
         def work() -> None:
             for place, output in enumerate(outputs):
                 row = inputs[place] if self._rank == opts.rootRank else []
-                with in_one_piece(output) as whole:
+                with OnePiece(output) as whole:
                     self._shared.scatter(whole, [sent(part) for part in row], opts.rootRank)
 
         return self._do("scatter", work, outputs, opts, outputs, inputs, opts)
@@ -222,7 +225,7 @@ class Operations:
     def _all_reduce(self, tensors: list[Tensor], opts: Any) -> None:
         for tensor in tensors:
             operation, factor = reduction(opts, tensor)
-            with in_one_piece(tensor) as whole:
+            with OnePiece(tensor) as whole:
                 if factor is not None:
                     whole.mul_(factor)
                 self._wide.all_reduce(whole, operation)

@@ -38,22 +38,28 @@ def reduction(opts: Any, tensor: Tensor) -> tuple[str, Any]:
     return operation, factor
 
 
-@contextlib.contextmanager
-def in_one_piece(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor if it lies in one piece, else a copy that is copied back."""
-    real = _real(tensor)
-    if real.is_contiguous():
-        yield real
-    else:
-        copy = real.contiguous()
-        yield copy
-        real.copy_(copy)
+class OnePiece:
+    """A context with the tensor if it lies in one piece, else with a copy that is copied back.
+
+    A class, for ``contextlib.contextmanager`` takes a tenth of the time of a small all-reduce.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._real = _real(tensor)
+        self._whole = self._real.contiguous()
+
+    def __enter__(self) -> Tensor:
+        return self._whole
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._whole is not self._real:
+            self._real.copy_(self._whole)
 
 
 @contextlib.contextmanager
 def each_in_one_piece(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(in_one_piece(tensor)) for tensor in tensors]
+        yield [stack.enter_context(OnePiece(tensor)) for tensor in tensors]
 
 
 def sent(tensor: Tensor, factor: Any = None) -> Tensor:

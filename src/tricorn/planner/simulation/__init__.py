@@ -32,7 +32,8 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``waiting``: by role, the share of their time in which they have nothing to do. ``staleness``: how many gradients
     were how many updates old. ``run_seconds``: of the whole job, of which ``failures`` cost ``lost_seconds``.
-    ``predicted``: what the equation says a step takes.
+    ``predicted``: what the equation says a step takes. ``busy``: the share of this machine that others took while it
+    was measured.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     failures: int
     lost_seconds: float
     predicted: float
+    busy: float = 0.0
 
     @property
     def difference(self) -> float:
@@ -75,7 +77,7 @@ def simulate(plan: Plan, ground: Ground, *, steps: int = 200, seed: int = 0, cal
     return Simulation(
         plan=plan, steps=steps, seed=seed, mean=seconds, median=median(trace.seconds), p90=_p90(trace),
         waiting=trace.waiting, staleness=trace.staleness, run_seconds=whole + lost, failures=count, lost_seconds=lost,
-        predicted=prediction.seconds,
+        predicted=prediction.seconds, busy=ground.busy,
     )  # fmt: skip
 
 

@@ -21,11 +21,17 @@ AT_ONCE = 1 << 20  # numbers that are drawn at a time
 
 
 class Noise:
-    """Of each worker: a scatter as the calibration found it, and the stalls that the cluster file states."""
+    """Of each worker: a scatter as the calibration found it, and the stalls that the cluster file states.
+
+    What of the scatter is doubt is drawn once, for all workers and steps.
+    """
 
     def __init__(self, plan: Plan, ground: Ground, scatter: float, seed: int, *, calm: bool) -> None:
         self._draw = np.random.default_rng(seed)
-        self._deviation = deviation(scatter)
+        jitter = ground.jitter(scatter)
+        self._deviation = deviation(jitter)
+        doubt = deviation(scatter - jitter)
+        self._level = max(FASTEST, 1 + doubt * self._draw.standard_normal()) if doubt else 1.0
         self._workers = plan.workers
         stalls = np.array(stalls_of(plan, ground))
         self._share, self._times = stalls[:, 0] * (not calm), stalls[:, 1]
@@ -34,7 +40,7 @@ class Noise:
     def factors(self, steps: int) -> Floats:
         """What computing takes beside what was measured, [K, m]."""
         shape = steps, self._workers
-        found = np.ones(shape)
+        found = np.full(shape, self._level)
         if self._deviation:
             found += self._deviation * self._draw.standard_normal(shape)
             np.maximum(found, FASTEST, out=found)

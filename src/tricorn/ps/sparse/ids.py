@@ -56,6 +56,24 @@ def unique(ids_N: Ids) -> tuple[Ids, Ids]:
 
 
 @kernel
+def first_repeated(ids_N: Ids) -> int:
+    """The first place whose id was there before, -1 if there is none."""
+    capacity = 16
+    while capacity < 2 * len(ids_N):
+        capacity *= 2
+    mask = np.uint64(capacity - 1)
+    places = np.zeros(capacity, np.int32)  # 1 + the place of an id; 0 where free
+    for n in range(len(ids_N)):
+        slot = mix(np.uint64(ids_N[n])) & mask
+        while places[slot] != 0:
+            if ids_N[places[slot] - 1] == ids_N[n]:
+                return n
+            slot = (slot + np.uint64(1)) & mask
+        places[slot] = n + 1
+    return -1
+
+
+@kernel
 def sum_runs(inverse_N: Ids, numbers: NDArray[Any], run: int, stride: int, out_UD: NDArray[Any]) -> None:
     """As ``sum_rows``, of rows that lie in runs of ``run``; each run begins ``stride`` numbers after the one before."""
     D = out_UD.shape[1]

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from tricorn.optim import FTRL, SGD, Adagrad, Adam, RowOptimizer, RowwiseAdagrad
-from tricorn.ps.sparse.ids import split, sum_rows, sum_runs, unique
+from tricorn.ps.sparse.ids import first_repeated, split, sum_rows, sum_runs, unique
 from tricorn.ps.sparse.initial import initial_rows
 from tricorn.ps.sparse.spec import BUCKETS, TableSpec
 from tricorn.ps.sparse.store import SparseTable
@@ -22,6 +22,7 @@ _DTYPES: tuple[Literal["float32", "float64"], ...] = ("float32", "float64")
 def warm_up() -> None:
     ids_N = np.array([3, 1, 3])
     ids_U, inverse_N = unique(ids_N)
+    first_repeated(ids_U)
     split(ids_U, np.array([BUCKETS]))
     for dtype in _DTYPES:
         rows_UD = np.zeros((len(ids_U), 2), dtype)

@@ -1,0 +1,61 @@
+"""What all verbs share, in this process: options that belong to the job, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+from tricorn.cli import main as cli
+from tricorn.cli import train as verb
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tricorn", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("option", "where"),
+    [
+        ("--epochs", "tricorn.Job(epochs=...)"),
+        ("--batchsize", "tricorn.Job(batch_size=...)"),
+        ("--learning-rate", "tricorn.Job(optimizer=tricorn.optim.SGD(lr=...))"),
+    ],
+)
+def test_what_belongs_to_the_job_is_said_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, where: str
+) -> None:
+    assert run(monkeypatch, "train", "job.py", option, "3") == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"error: no such option: {option}; it belongs to the job",
+        f"what to do: Set {where} in the job's file.",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--schedul", "--wrokers"])  # the first is like an option, and like a job's field
+def test_a_misspelt_option_is_not_looked_for_in_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert run(monkeypatch, "train", "job.py", option, "3") == 2
+    assert f"No such option: {option}" in capsys.readouterr().err
+
+
+def test_help_tells_every_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"[{value}]" in shown for value in ("auto", "chosen, or 2", "1", "as --consistency", "default: 30s"))
+
+
+def test_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verb, "job_in", lambda where: signal.raise_signal(signal.SIGINT))
+    assert run(monkeypatch, "train", "my job.py") == 130
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "interrupted by the user",
+        "Start again with `tricorn train 'my job.py'`.",
+    ]

@@ -1,0 +1,52 @@
+"""What is drawn, as numbers."""
+
+from math import inf, nan
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tricorn.report.charts import HEIGHT, MOST, WIDTH, Bar, Mark, _axis, _thinned, bars, line
+
+FLOATS = st.floats(-1e199, 1e199)
+
+
+@given(st.tuples(FLOATS, FLOATS).map(sorted))
+def test_an_axis_has_few_round_numbers_around_its_values(ends: list[float]) -> None:
+    low, high = ends
+    axis = _axis(low, high)
+    slack = 1e-6 * max(abs(low), abs(high))
+    assert axis[0] <= low + slack
+    assert axis[-1] >= high - slack
+    assert 2 <= len(axis) <= 8
+    assert axis == sorted(set(axis))
+
+
+@pytest.mark.parametrize(("low", "high", "axis"), [(0, 9, [0, 2, 4, 6, 8, 10]), (5, 5, [5, 6]), (0, 0, [0, 0.2])])
+def test_round_numbers(low: float, high: float, axis: list[float]) -> None:
+    assert _axis(low, high) == pytest.approx(axis)
+
+
+def test_of_many_points_the_mean_and_the_range_are_drawn() -> None:
+    thin = _thinned([(float(x), float(x % 2)) for x in range(10 * MOST)])
+    assert len(thin) == MOST
+    assert {(t.low, t.mean, t.high) for t in thin} == {(0.0, 0.5, 1.0)}
+    assert thin[-1].x == 10 * MOST - 1
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e11), st.floats(allow_nan=True)), max_size=8))
+def test_whatever_is_drawn_is_within_the_picture(points: list[tuple[float, float]]) -> None:
+    drawn = line(points, x="x", y="y")
+    for pair in drawn.partition('class="line" points="')[2].partition('"')[0].split():
+        across, up = map(float, pair.split(","))
+        assert 0 <= across <= WIDTH
+        assert 0 <= up <= HEIGHT
+
+
+def test_nothing_to_draw_is_said() -> None:
+    assert "nothing to draw" in line([(0.0, nan), (1.0, inf)], x="x", y="y")
+
+
+def test_texts_are_escaped() -> None:
+    assert "<b>" not in line([(0.0, 1.0)], x="<b>", y="<b>", marks=[Mark(0.0, "<b>", True)])
+    assert "<b>" not in bars([("<b>", [Bar("", 1.0, "<b>")])])
