@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 import pytest
@@ -53,7 +52,10 @@ def test_help_tells_every_default(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(verb, "job_in", lambda where: signal.raise_signal(signal.SIGINT))
+    def interrupted(where: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "job_in", interrupted)
     assert run(monkeypatch, "train", "my job.py") == 130
     assert capsys.readouterr().err.splitlines()[1:] == [
         "interrupted by the user",
