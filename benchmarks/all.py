@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = (
     "same_numbers",
     "text",
+    "movies",
     "fit",
     "startup",
     "recovery",
@@ -26,6 +27,7 @@ BENCHMARKS = (
     "ps_wire",
     "ps_ctr",
     "ps_quality",
+    "ps_bytes",
 )
 
 

@@ -17,7 +17,7 @@ from common import options
 import tricorn.comm
 
 SIZES = (4, 1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 26)
-SECONDS, MOST_CALLS = 0.02, 1000  # of each sample
+SECONDS, MOST_CALLS = 0.05, 2000  # of each sample: some of the scheduler's turns, which is what small messages wait for
 BARS = {4: 10.0, 1 << 12: 10.0, 1 << 16: 10.0, 1 << 20: 6.0, 1 << 24: 3.5, 1 << 26: 2.0}
 assert tricorn.comm
 
@@ -80,9 +80,9 @@ def measure(rank: int, ranks: int, folder: Path, rounds: int, pipe: Connection) 
     for size in SIZES:
         calls = {system: operations(rank, ranks, size, group) for system, group in groups.items()}
         copy = copying(size)
-        for _ in range(rounds):
+        for number in range(rounds):
             for name in calls["gloo"]:
-                for system in calls:
+                for system in list(calls)[:: -1 if number % 2 else 1]:  # neither always follows the other
                     figures.setdefault((name, size, system), []).append(timed(calls[system][name], SECONDS))
                 figures.setdefault((name, size, "copy"), []).append(timed(copy, SECONDS / 2))
     if rank == 0:
@@ -97,7 +97,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             ours, theirs = multiprocessing.Pipe()
             context = multiprocessing.get_context("fork")
-            arguments = (ranks, Path(folder), 3 if chosen.quick else 5, theirs)
+            arguments = (ranks, Path(folder), 3 if chosen.quick else 9, theirs)
             processes = [context.Process(target=measure, args=(rank, *arguments)) for rank in range(ranks)]
             for process in processes:
                 process.start()

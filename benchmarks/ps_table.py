@@ -92,12 +92,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.sparse.check_sparse_tensor_invariants.disable()
     random = torch.Generator().manual_seed(0)
-    memory: dict[int, float] = {}
+    memory: dict[tuple[int, str], float] = {}
     against: dict[int, float] = {}
     for rows in (100_000, 1_000_000) if chosen.quick else (100_000, 1_000_000, 10_000_000):
         batches = [torch.randint(rows, (BATCH,), generator=random).unique() for _ in range(20)]
-        sgd, memory[rows] = tricorn(report, optim.SGD(lr=0.1), rows, batches)
-        adam, _ = tricorn(report, optim.Adam(lr=0.1), rows, batches)
+        sgd, memory[rows, "SGD"] = tricorn(report, optim.SGD(lr=0.1), rows, batches)
+        adam, memory[rows, "Adam"] = tricorn(report, optim.Adam(lr=0.1), rows, batches)
         against[rows] = adam / of_torch(report, rows, batches)
         if rows == 100_000:
             report.bar(
@@ -105,8 +105,8 @@ def main() -> None:
             )
     for rows, ratio in against.items():
         report.bar(f"update, {rows:,} rows: tricorn / SparseAdam", ratio, at_least=1.0)
-    for rows, ratio in memory.items():
-        report.bar(f"memory of {rows:,} rows / keys, rows and state", ratio, at_most=1.3)
+    for (rows, kind), ratio in memory.items():
+        report.bar(f"memory of {rows:,} rows, {kind} / keys, rows and state", ratio, at_most=1.3)
     report.print(chosen.json)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import tricorn
 from tricorn import errors
 from tricorn.errors import TricornError, UsageError, users_line
 
@@ -70,6 +71,13 @@ def test_frames_of_libraries_are_passed_over() -> None:
         re.compile("(")
     assert users_line(caught.value).startswith(f"{__file__}:")
     assert "re.compile" in users_line(caught.value)
+
+
+def test_code_that_python_generates_is_passed_over() -> None:
+    with pytest.raises(errors.JobError) as caught:
+        tricorn.Job(model=None, loss=None, optimizer=None, train=None, batch_size=0, epochs=0)
+    assert users_line(caught.value).startswith(f"{__file__}:")
+    assert "tricorn.Job(model=None" in users_line(caught.value)
 
 
 def test_an_error_that_was_never_raised_has_no_line() -> None:

@@ -112,7 +112,14 @@ def test_an_unknown_field_is_refused_with_the_nearest() -> None:
         "clip_norm, precision, device, tables",
         "Job.epochs: given nothing; it has no default",
     ]
-    assert list(inspect.signature(tricorn.Job).parameters)[:2] == ["model", "loss"]
+
+    class Mine(tricorn.Job):
+        pass
+
+    for kind in (tricorn.Job, Mine):
+        assert list(inspect.signature(kind).parameters)[:2] == ["model", "loss"]
+    with pytest.raises(JobError, match=r"Mine\.sede: .* did you mean seed"):
+        Mine(**GOOD, sede=3)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ def plan(
 ) -> Planned:
     """Predict what every plan for the job would cost, and say which is best and why; see ``tricorn.planner.plan``."""
     from tricorn import planner
-    from tricorn.planner.options import checked
+    from tricorn.planner.options import checked, decided
 
-    checked({"strategy": "dp", **given}, beside=plan.__annotations__)
+    checked({"strategy": "dp", **decided(given)}, beside=plan.__annotations__)
     return planner.plan(job, given, cluster=cluster, approximate=approximate)
 
 

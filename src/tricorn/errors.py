@@ -156,11 +156,12 @@ def form(value: Any) -> str:
 def users_line(error: BaseException) -> str:
     """The last line of the user's own code that led to the error, as ``FILE:LINE in FUNCTION: TEXT``.
 
-    Frames of Tricorn, of installed packages and of Python itself are passed over; empty if there are no others.
+    Frames of Tricorn, of installed packages, of Python itself and of what it generates, as a dataclass's ``__init__``,
+    are passed over; empty if there are no others.
     """
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
-        if not file.startswith((*_LIBRARIES, "<frozen")):
+        if not file.startswith((*_LIBRARIES, "<frozen", "<string>")):
             text = linecache.getline(file, line).strip()
             return f"{file}:{line} in {frame.f_code.co_name}" + (f": {text}" if text else "")
     return ""

@@ -35,7 +35,7 @@ class Named(type):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        own = inspect.signature(vars(cls)["__init__"])
+        own = inspect.signature(inspect.getattr_static(cls, "__init__"))
         return own.replace(parameters=[*own.parameters.values()][1:], return_annotation=cls)
 
     def __call__(cls, *positional: Any, **given: Any) -> Any:

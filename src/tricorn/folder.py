@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import time
@@ -15,9 +14,23 @@ from typing import Any
 import msgspec
 
 from tricorn.control.ledger import Ledger
+from tricorn.documents import UNREADABLE
 from tricorn.engine.base import JobFacts
 from tricorn.errors import StorageError, UsageError
 from tricorn.plan import Plan
+
+
+class _Told(msgspec.Struct):
+    """What of a summary is shown."""
+
+    run: str
+    outcome: str
+    steps: int
+    samples: int
+    seconds: float
+    samples_per_second: float
+    loss: float | None
+    metrics: dict[str, float | None]
 
 
 def find(name: str | Path, runs: Path) -> Path:
@@ -33,7 +46,7 @@ def load(folder: Path) -> tuple[JobFacts, Plan]:
     try:
         job = msgspec.json.decode((folder / "job.json").read_bytes(), type=JobFacts)
         plan = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Plan)
-    except (OSError, msgspec.DecodeError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"the run {folder} cannot be resumed: {error}", remedy="Start a new run.") from None
     return job, plan
 
@@ -42,7 +55,7 @@ def read_plan(file: Path) -> Plan:
     """A plan by itself, as ``tricorn plan -o`` writes it. Raises UsageError if it is none."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Plan)
-    except (OSError, msgspec.DecodeError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{file} is no plan: {error}", remedy="Have one written by tricorn plan -o FILE.") from None
 
 
@@ -110,10 +123,11 @@ def change(folder: Path, launch: str, changes: list[dict[str, Any]]) -> None:
 
 def finished(folder: Path, job: JobFacts) -> dict[str, Any] | None:
     """The summary of a run that has done all that the job asks for; None if there is something left to do."""
-    with contextlib.suppress(OSError, ValueError):
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
+    with contextlib.suppress(*UNREADABLE):
+        summary = msgspec.json.decode((folder / "summary.json").read_bytes(), type=dict[str, Any])
+        told = msgspec.convert(summary, _Told)
         old = msgspec.json.decode((folder / "job.json").read_bytes(), type=JobFacts)
-        if summary["outcome"] == "done" and old.epochs == job.epochs and old.order == job.order:
+        if told.outcome == "done" and old.epochs == job.epochs and old.order == job.order:
             return summary
     return None
 
@@ -121,11 +135,11 @@ def finished(folder: Path, job: JobFacts) -> dict[str, Any] | None:
 def history(folder: Path) -> list[dict[str, Any]]:
     """The losses and evaluations that count, in the order of steps: of a step that was run again, the last."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # torn when the coordinator was killed
-            row = json.loads(line)
+    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(*UNREADABLE):  # torn when the coordinator was killed
+            row = msgspec.json.decode(line, type=dict[str, Any])
             if "loss" in row or "evaluation" in row:
-                rows[row["step"], "evaluation" in row] = row
+                rows[msgspec.convert(row.get("step"), int), "evaluation" in row] = row
     return [rows[key] for key in sorted(rows)]
 
 

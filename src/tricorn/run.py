@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import os
 import re
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
 
-from tricorn import errors
 from tricorn import folder as folders
 from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
@@ -26,7 +24,7 @@ from tricorn.control.facts import Facts
 from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
 from tricorn.engine.local import LocalEngine
-from tricorn.errors import Interrupted, PlanError, TricornError, UsageError
+from tricorn.errors import ClusterError, Interrupted, PlanError, TricornError, UsageError
 from tricorn.fields import shown
 from tricorn.job import Job
 from tricorn.launcher import Launcher
@@ -34,9 +32,10 @@ from tricorn.plan import Options, Plan
 from tricorn.planner import learn, load
 from tricorn.planner.auto import choose, outlook
 from tricorn.planner.explain import named, seconds
-from tricorn.planner.options import checked, settled
+from tricorn.planner.options import checked, decided, settled
 from tricorn.planner.replan import Outlook, Watch
 from tricorn.ps import caution
+from tricorn.report.failure import located
 from tricorn.report.progress import Progress, progress
 from tricorn.state import cores
 
@@ -93,14 +92,11 @@ def train(
         raise UsageError(f"the job is {shown(job)}", remedy="Give a tricorn.Job; `tricorn train FILE` takes a file.")
     if not isinstance(plan, Plan | None):
         raise UsageError(f"the plan is {shown(plan)}", remedy="Give a tricorn.Plan, or a strategy by its name.")
-    given = dict(options)
-    strategy = given.pop("strategy", "auto")
-    checked({"strategy": "dp" if strategy == "auto" else strategy, **given}, beside=inspect.signature(train).parameters)
+    given = decided(options)
+    checked({"strategy": "dp", **given}, beside=inspect.signature(train).parameters)
     if plan is None:
-        if strategy != "auto":
-            plan = settled(strategy, given)
-        elif engine is not LocalEngine or resume is not None:
-            plan = settled("dp", given)
+        if "strategy" in given or engine is not LocalEngine or resume is not None:
+            plan = settled(given.pop("strategy", "dp"), given)
         else:
             plan, expected = choose(job, given)
     elif options:
@@ -199,7 +195,7 @@ def execute(
         finally:
             display.close()
     if ended.error is not None:
-        raise _located(_error(ended.error), folder, job)
+        raise _located(m.raised(ended.error, ClusterError), folder, job)
     if ended.outcome == "stopped":
         steps, saved = ended.summary["steps"], ended.summary["saved"]
         what = "and saved" if saved == steps else f"to go on from {f'step {saved}' if saved else 'the beginning'}"
@@ -287,21 +283,10 @@ def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:
     return Timing(checkpoint_steps=max(1, int(float(match[1]))), heartbeat_timeout=heartbeat_timeout)
 
 
-def _error(failed: m.Failed) -> TricornError:
-    """The error that a role told of, as itself."""
-    kind = getattr(errors, failed.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, TricornError) and kind.__init__ is TricornError.__init__):
-        kind = errors.ClusterError
-    error: TricornError = kind(failed.message, remedy=failed.remedy or None, where=failed.where)
-    return error
-
-
 def _located(error: TricornError, folder: Path | None, job: Job | tuple[str, str]) -> TricornError:
     """The error, with the run's folder where its remedy speaks of RUN, and the way on of who came from Python."""
     if folder is not None:
-        if isinstance(job, Job):
-            error.remedy = error.remedy.replace("tricorn train --resume RUN", "tricorn.train(job, resume='RUN')")
-        error.remedy = error.remedy.replace("RUN", shlex.quote(os.path.relpath(folder)))
+        error.remedy = located(error.remedy, os.path.relpath(folder), python=isinstance(job, Job))
     return error
 
 

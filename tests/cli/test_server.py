@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tricorn import optim
 from tricorn.cli.main import app
-from tricorn.errors import UsageError
+from tricorn.errors import TableFull, UsageError
 from tricorn.ps import connect
 from tricorn.table import Table
 
@@ -25,7 +25,7 @@ SECRET = "ab" * 32
 
 def test_servers_serve_until_told_to_end(tmp_path: Path) -> None:
     file = tmp_path / "servers.json"
-    command = [TRICORN, "server", "--servers", "2", "--memory-limit", "64MB", "--file", file]
+    command = [TRICORN, "server", "--servers", "2", "--memory-limit", "100KB", "--file", file]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TRICORN_SECRET": SECRET}
     ) as process:
@@ -39,6 +39,8 @@ def test_servers_serve_until_told_to_end(tmp_path: Path) -> None:
             client.push({"emb": (torch.arange(5), torch.ones(5, 2))}).wait()
             client.pull().wait()
             assert client.weights["w"].tolist() == [0.75, 0.75]
+            with pytest.raises(TableFull, match=r"table 'emb' has \d rows, and its memory limit leaves no room"):
+                client.push({"emb": (torch.arange(20_000), torch.ones(20_000, 2))}).wait()
         told = CliRunner().invoke(app, ["ps", "stats", str(file), "--interval", "0.05", "--json"])
         shown = CliRunner().invoke(app, ["ps", "stats", str(file), "--interval", "0.05"])
         process.send_signal(signal.SIGTERM)

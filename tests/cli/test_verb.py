@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
+from typer.main import get_command
 
 from tricorn.cli import main as cli
 from tricorn.cli import train as verb
@@ -44,11 +46,30 @@ def test_a_misspelt_option_is_not_looked_for_in_the_job(
     assert f"No such option: {option}" in capsys.readouterr().err
 
 
-def test_help_tells_every_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert run(monkeypatch, "train", "--help") == 0
-    shown = capsys.readouterr().out
-    assert all(f"[{value}]" in shown for value in ("auto", "chosen, or 2", "1", "as --consistency", "default: 30s"))
+def test_a_verb_without_a_job_knows_nothing_of_jobs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "doctor", "--device", "cuda") == 2
+    assert "No such option: --device" in capsys.readouterr().err
+
+
+VERBS = get_command(cli.app).commands
+
+
+@pytest.mark.parametrize("verb", [*sorted(VERBS.keys() - {"ps"}), "ps stats"])
+def test_help_tells_every_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # so that each option has one line
+    assert run(monkeypatch, *verb.split(), "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    command = VERBS["ps"].commands["stats"] if verb == "ps stats" else VERBS[verb]
+    options = [parameter for parameter in command.params if parameter.opts[-1].startswith("--")]
+    assert options
+    for option in options:
+        (line,) = (each for each in lines if each.strip("│* ").startswith(f"{option.opts[-1]} "))
+        if option.default is not False:  # one that is there or not tells by itself that it is not
+            assert re.search(r"\[[^\[\]]+\][ │]*$", line), line
 
 
 def test_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tricorn.control.checkpoints import (
     published,
 )
 from tricorn.control.messages import File
+from tricorn.errors import CheckpointDamaged
 
 SHARDS = ("worker-0.safetensors", "worker-1.safetensors")
 
@@ -177,3 +178,9 @@ def test_a_disk_that_will_not_take_the_manifest_leaves_none(older, tmp_path):
     assert found == older
     with pytest.raises(FileNotFoundError):
         publish(tmp_path, Manifest(step=30, applied=[(0, 30)], files=[]))
+
+
+def test_a_manifest_that_is_damaged_meanwhile(newer):
+    (newer / "manifest.json").write_bytes(b'{"step": "\xff"}')
+    with pytest.raises(CheckpointDamaged, match="cannot be read"):
+        load_manifest(newer)

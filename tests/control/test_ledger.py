@@ -210,3 +210,20 @@ def test_a_ledger_that_cannot_be_read(path):
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(UsageError, match="cannot be read"):
         Ledger(path, ORDER)
+
+
+def test_values_that_are_damaged(ledger, path):
+    ledger.evaluated(1, {"loss": float("nan")})
+    ledger.evaluated(2, {"loss": 0.5})
+    ledger.evaluated(3, {"loss": 0.25})
+    assert ledger.launched("first", 5.0, 1) == (5.0, 1)
+    launch = b'["\xff", 5.0, 1]'
+    tamper(path, "update evaluations set measured = 'null' where step = 1",
+           "update evaluations set measured = x'7b22ff22' where step = 2",
+           f"update meta set value = x'{launch.hex()}' where key = 'launch'")  # fmt: skip
+    assert ledger.evaluations() == {3: {"loss": 0.25}}
+    assert ledger.launched("first", 9.0, 2) == (9.0, 2)
+    damaged = msgspec.json.encode(ORDER).replace(b"data", b"\xff")
+    tamper(path, f"update meta set value = x'{damaged.hex()}' where key = 'order'")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Ledger(path)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tricorn.control import messages as m
-from tricorn.errors import ProtocolError, StorageError
+from tricorn.errors import ClusterError, JobError, Problem, ProtocolError, StorageError, UsageError
 
 ALL = m.Report | m.Order | m.FromLauncher | m.ToLauncher
 
@@ -137,3 +137,18 @@ def test_any_error_can_be_told():
 def test_an_error_keeps_its_remedy_and_its_line():
     told = m.failed(StorageError("full", remedy="Free space.", where="job.py:3"))
     assert (told.kind, told.message, told.remedy, told.where) == ("StorageError", "full", "Free space.", "job.py:3")
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), StorageError("full", remedy="Buy more.", where="job.py:3")])
+def test_an_error_that_is_told_is_raised_as_itself(error):
+    again = m.raised(m.failed(error), UsageError)
+    assert type(again) is StorageError
+    assert (str(again), again.remedy, again.where) == (str(error), error.remedy, error.where)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), JobError([Problem("epochs", "0", "give 1")])])
+def test_an_error_that_is_made_of_more_than_a_message_is_told_as_another_kind(error):
+    again = m.raised(m.failed(error), ClusterError)
+    assert type(again) is ClusterError
+    assert str(again) == str(error)
+    assert type(m.raised(m.Failed(kind="failed", message="", remedy="", where="", trace=""), UsageError)) is UsageError

@@ -191,3 +191,24 @@ def test_a_full_disk_is_an_error_and_leaves_no_summary(tmp_path, clock):
         with pytest.raises(OSError, match="No space left"):
             record.finish("done", 0, {})
     assert not (tmp_path / "summary.json").exists()
+
+
+DAMAGED = [b"[]", b"5", b"{}", b'{"', b'{"launch": "first", "changes": [5]}', b'{"launch": "\xff"}', b'{"terms": {}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_run_ends_well_though_what_it_reads_of_itself_is_damaged(record, clock, tmp_path, content):
+    record.begin(1, Intervals(), "the run begins")
+    run(record, clock, range(6))
+    for name in ("changes.json", "predicted.json"):
+        (tmp_path / name).write_bytes(content)
+    summary = record.finish("done", 7, {})
+    assert (summary["outcome"], summary["changes"], summary["bytes_sent"]) == ("done", [], 7)
+    assert "predicted" not in summary
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b'{"loss": "x"}', b'{"loss": "\xff"}', b"\xff"])
+def test_a_coordinator_begins_though_lines_of_the_metrics_are_damaged(tmp_path, clock, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":0,"loss":0.5}\n' + line + b"\n")
+    with opened(tmp_path) as record:
+        assert record.finish("stopped", 0, {})["loss"] == 0.5

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tricorn.dp import shard_sum, shard_units
 from tricorn.dp.shard_gather import Gatherer, Saved
+from tricorn.dp.shard_sum import ShardSum
 from tricorn.dp.shard_units import blocks
 from tricorn.errors import Diverged, PeerLost, PlanError
 from tricorn.state.shards import write_shard
@@ -80,6 +82,28 @@ def test_same_numbers(crew, plain_loop, zero, workers, microbatches):
     team = crew(this, workers, zero=zero, microbatches=microbatches)
     team.join("initial")
     assert team.train() == pytest.approx(losses, rel=1e-10)
+    assert distance(team, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_backward_waits_where_many_gradients_are_under_way(crew, plain_loop, zero, monkeypatch):
+    """The last batch leaves a worker without samples."""
+    monkeypatch.setattr(shard_units, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(shard_sum, "UNDER_WAY", 0)
+    launch, most = ShardSum._launch, [0]
+
+    def launched(self: ShardSum) -> None:
+        launch(self)
+        most[0] = max(most[0], len(self._sending))
+
+    monkeypatch.setattr(ShardSum, "_launch", launched)
+    this = job(model=deep, precision="float64", epochs=2)
+    expected, _ = plain_loop(this, OPTIMIZERS["sgd"][1])
+    team = crew(this, 3, zero=zero, microbatches=2)
+    team.join("initial")
+    team.train()
+    assert len(team.trainers[0]._units) > 3
+    assert most == [1]
     assert distance(team, expected) <= 1e-10
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tricorn import Table, optim, strategy
+from tricorn.dp import shard_sum, shard_units
 from tricorn.errors import PeerLost
 from tricorn.hybrid.division import divide
 from tricorn.plan import Plan
@@ -73,13 +74,19 @@ def test_declared_tables_are_trained_by_rows_as_on_servers(crew: Build, how: str
 
 
 @pytest.mark.parametrize("how", ["rows", "columns", "tables"])
-def test_ids_that_the_model_computes_are_asked_for_in_the_midst_of_forward(crew: Build, how: str) -> None:
-    job = towers(tables=None, model=Hashed, batch_size=5)  # the last batches leave a worker without samples
-    team = crew(job, strategy="dp", workers=3, embeddings=how)
+@pytest.mark.parametrize("plan", [{}, {"zero": 1}, {"zero": 1, "microbatches": 2}], ids=str)
+def test_ids_that_the_model_computes_are_asked_for_in_the_midst_of_forward(
+    crew: Build, how: str, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has no samples, as two workers in the last batch, has gradients to hand over before others have asked."""
+    monkeypatch.setattr(shard_units, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(shard_sum, "UNDER_WAY", 0)
+    job = towers(tables=None, model=Hashed)
+    team = crew(job, strategy="dp", workers=3, embeddings=how, **plan)
     team.join("initial")
-    team.train(0, STEPS)
-    expected = plain(job, STEPS, lambda model: [torch.optim.Adagrad(model.parameters(), lr=0.1)])
-    assert distance(team.weights(STEPS), expected) <= 1e-10
+    team.train(0, 12)
+    expected = plain(job, 12, lambda model: [torch.optim.Adagrad(model.parameters(), lr=0.1)])
+    assert distance(team.weights(12), expected) <= 1e-10
 
 
 def test_all_judge_together(crew: Build) -> None:
@@ -105,6 +112,19 @@ def test_who_dies_in_a_step_leaves_the_others_at_its_beginning(crew: Build) -> N
     assert {type(error) for error in team.step(4)} == {PeerLost}
     team.replace(1)
     team.join("checkpoint", 4, checkpoint=folder)
+    team.train(4, STEPS)
+    expected = plain(job, STEPS, lambda model: [torch.optim.Adagrad(model.parameters(), lr=0.1)])
+    assert distance(team.weights(STEPS), expected) <= 1e-10
+
+
+def test_a_step_that_broke_off_says_nothing_of_where_ids_come_from(crew: Build) -> None:
+    job = towers(tables=None, clip_norm=0.5)
+    team = crew(job, strategy="mp", workers=4, replicas=2, microbatches=2, cuts=(1,), embeddings="rows")
+    team.join("initial")
+    team.train(0, 4)
+    team.trainers[0]._pipeline._wire.send = lambda *_: _raise()  # between the look-ups of two microbatches
+    assert {type(error) for error in team.step(4)} == {PeerLost}
+    team.join("keep", 4)
     team.train(4, STEPS)
     expected = plain(job, STEPS, lambda model: [torch.optim.Adagrad(model.parameters(), lr=0.1)])
     assert distance(team.weights(STEPS), expected) <= 1e-10

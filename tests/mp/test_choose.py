@@ -11,6 +11,7 @@ from tricorn import data, optim
 from tricorn.errors import PlanError
 from tricorn.job import Job
 from tricorn.mp.choose import choose, fewest_workers
+from tricorn.mp.cut import SHARED, Link
 from tricorn.mp.measure import Cost
 from tricorn.mp.memory import Held, stage_bytes
 from tricorn.plan import Plan
@@ -47,6 +48,40 @@ def test_a_slow_worker_gets_as_much_less_to_do():
     plan = Plan(strategy="mp", workers=2, schedule="1f1b")
     for slowness, cuts in (([1.0, 5.0], {(4,), (5,)}), ([5.0, 1.0], {(1,), (2,)})):
         assert choose(job(), plan, 2, 4, 4, CPU, slowness=slowness).cuts in cuts
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """The cuts of blocks that take and hand on so much, into as many stages, on hosts of some cores and roles."""
+    from tricorn.mp import choose as module
+
+    def cut(stages, link, *, cores, roles, seconds=(1e-3,) * 6, handed_on=(0,) * 6):
+        costs = [Cost(each, each, each, size, 0, 0, None) for each, size in zip(seconds, handed_on, strict=True)]
+        monkeypatch.setattr(module, "measure", lambda *_: costs)
+        monkeypatch.setattr(module, "update_seconds", lambda *_: 0.0)
+        monkeypatch.setattr(module, "sharing", lambda: roles)
+        monkeypatch.setattr(module.cores, "usable", lambda: cores)
+        return choose(job(), Plan(strategy="mp", workers=stages, schedule="1f1b"), stages, 4, 4, CPU, link).cuts
+
+    return cut
+
+
+def test_stages_on_hosts_of_their_own_share_no_cores(cut):
+    away = Link(SHARED.copy, 0.0, 1e-4)
+    assert cut(3, away, cores=2, roles=1) == (2, 4)
+    assert cut(3, SHARED, cores=3, roles=3) == (2, 4)
+    assert cut(3, SHARED, cores=2, roles=3) != (2, 4)  # one has a core to itself, the others share one
+
+
+@pytest.mark.parametrize("roles", [1, 2])
+def test_what_crosses_a_slow_link_counts_on_hosts_of_one_core(cut, roles):
+    def chosen_with(wire, large):
+        seconds, handed_on = (1e-3, 1e-3, 1e-3, 2e-4, 1e-3, 1.9e-3), [1_000_000 * (at == large) for at in range(1, 7)]
+        return cut(2, Link(0.0, wire, 1e-9), cores=1, roles=roles, seconds=seconds, handed_on=handed_on)
+
+    (quick,) = chosen_with(0.0, 0)
+    assert quick in (3, 4)  # as even as it gets
+    assert chosen_with(2e-9, quick) == (7 - quick,)
 
 
 def test_the_estimate_grows_with_the_state():

@@ -104,8 +104,9 @@ def limited():
 def test_what_dies_under_dp_trains_under_mp(limited, model, tmp_path):
     with pytest.raises(
         PlanError, match=r"dp cannot run this job .* each worker needs \d+ MB at least, and may have \d+ MB"
-    ):
+    ) as refused:
         tricorn.train(job(model), engine=on_hosts(*limited[:1]), strategy="dp", workers=1, runs=tmp_path)
+    assert "--strategy mp" in refused.value.remedy
     result = tricorn.train(job(model), engine=on_hosts(*limited), strategy="mp", workers=2, runs=tmp_path)
     assert result.summary["outcome"] == "done"
     assert result.summary["restarts"] == 0

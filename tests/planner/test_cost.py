@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from tricorn.plan import Plan
+from tricorn.plan import Plan, StrategyName
 from tricorn.planner.cluster import FRAMED, Cluster
 from tricorn.planner.prediction import Prediction
 from tricorn.planner.profile import Profile, Splitting
@@ -139,6 +139,23 @@ def test_only_rows_that_are_needed_travel() -> None:
     whole = cost(Plan(strategy="dp", workers=2), job=recommender())
     assert found.sent < whole.sent / 50
     assert found.seconds < whole.seconds / 5
+
+
+@pytest.mark.parametrize("strategy", ["ps", "ps+dp"])
+def test_gradients_of_rows_travel_as_their_table_has_it(strategy: StrategyName) -> None:
+    plain, coded, spared, halved = (
+        cost(Plan(strategy=strategy, workers=2, servers=1, **how), job=recommender(), cluster=apart(3, mbit=100))
+        for how in (
+            {}, {"compress": "int8"}, {"compress": "int8", "compress_tables": {"rows": "none"}},
+            {"compress_tables": {"rows": "bf16"}},
+        )
+    )  # fmt: skip
+    rows = 2 * 190 * 16 * 4  # of both workers, for half a batch each
+    assert spared.sent - coded.sent == pytest.approx(0.74 * rows)  # of their gradients alone: what is read is as it was
+    assert plain.sent - halved.sent == pytest.approx(0.5 * rows)
+    assert spared.terms["wire"] - coded.terms["wire"] == pytest.approx(0.74 * rows / LINK)
+    assert coded.terms["exchange"] > spared.terms["exchange"]  # which encoding takes
+    assert halved.terms["exchange"] > plain.terms["exchange"]
 
 
 def test_tables_beside_a_dense_part_cost_its_exchange_and_their_rows() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from msgspec import structs
 
+from tricorn.plan import Plan
 from tricorn.planner.cluster import Cluster
 from tricorn.planner.explain import explain, named, seconds, size
 from tricorn.planner.ground import Ground
+from tricorn.planner.prediction import Prediction, Rejected
 from tricorn.planner.search import Planning, search
 
 from .world import GB, apart, can_run, ground, machine, profile, recommender
@@ -100,6 +103,24 @@ def test_it_is_said_why_machines_stay_unused(cluster: Cluster, why: str | None) 
         assert not any("unused" in sentence or "failures" in sentence for sentence in said)
     else:
         assert any(re.search(why, sentence) for sentence in said)
+
+
+def test_a_plan_whose_updates_are_worth_less_is_not_as_good() -> None:
+    on = ground(cluster=apart(4))
+    terms = {"compute": 0.01, "update": 0.0, "data": 0.0, "exchange": 0.0, "wire": 0.0, "waiting": 0.0}
+    two = Plan(strategy="ps", consistency="asp", workers=2, servers=1)
+    few = Prediction(plan=two, terms=terms, scatter=0.0, penalty=1.1)
+    many = structs.replace(few, plan=structs.replace(two, workers=3), penalty=1.5)
+    (said,) = (each for each in explain(Planning(ranked=(few, many), rejected=(), chosen=few), on) if "unused" in each)
+    assert said.endswith("would take 10 ms a step, but it would need 1.50 times the steps, and 1.10 here.")
+    alike = Planning(ranked=(few, structs.replace(many, penalty=1.1)), rejected=(), chosen=few)
+    assert any("unused" in each and "as good" in each for each in explain(alike, on))
+
+
+def test_a_reason_has_one_period() -> None:
+    found, _ = reasons(ground())
+    refused = Rejected(plan=Plan(strategy="mp"), reason="it has one layer; give it more.")
+    assert explain(structs.replace(found, rejected=(refused,)), ground())[-1].endswith("one layer; give it more.")
 
 
 def test_a_core_that_stays_unused_is_told() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import tricorn
-from tricorn.errors import UserCodeError
+from tricorn.control.messages import HEADER
+from tricorn.errors import ProtocolError, UserCodeError
 from tricorn.plan import Plan
 from tricorn.planner import computing, profiler
 from tricorn.planner.beside import beside
@@ -157,6 +158,14 @@ def test_what_a_fork_raises_is_raised_here() -> None:
 
 def test_a_fork_that_is_gone_is_an_error() -> None:
     with pytest.raises(UserCodeError, match="is gone"), crew([lambda line: os._exit(9)]) as lines:
+        gather(lines)
+
+
+def test_a_fork_that_says_what_cannot_be_read_is_an_error() -> None:
+    def body(line: Line) -> None:
+        line._sock.sendall(HEADER.pack(3) + b'"\xff"')
+
+    with pytest.raises(ProtocolError, match="cannot be read"), crew([body]) as lines:
         gather(lines)
 
 

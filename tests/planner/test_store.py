@@ -41,8 +41,10 @@ def test_a_profile_is_good_as_long_as_its_files_are_as_they_were(tmp_path: Path)
 def test_what_is_damaged_is_as_if_it_were_not_there(cache: Path) -> None:
     store.save_links(links())
     (kept,) = cache.iterdir()
-    kept.write_text(kept.read_text()[:-9])
-    assert store.load_links() is None
+    whole = kept.read_bytes()
+    for damaged in (whole[:-9], whole.replace(b'":', b'\xff":'), b"[]"):
+        kept.write_bytes(damaged)
+        assert store.load_links() is None
 
 
 def test_a_place_that_cannot_be_written_is_no_error(cache: Path) -> None:

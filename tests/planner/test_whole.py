@@ -70,7 +70,7 @@ def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
     leave_alone(place / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-        warm = run(place, "plan", "job.py")
+        warm = run(place, "plan", "job.py", "--strategy", "auto")
     imports = [line for line in warm.stderr.splitlines() if line.startswith("import time:")]
     assert imports == warm.stderr.splitlines()  # nothing is measured
     assert not [line for line in imports if line.endswith(" torch")]
@@ -103,6 +103,8 @@ def test_a_run_is_simulated_on_machines_that_are_not_here(place: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "the equation says" in shown.stdout
     assert "updates old" in shown.stdout
+    served = run(place, "simulate", "job.py", "--strategy", "ps", "--steps", "5", "--json")
+    assert json.loads(served.stdout)["plan"]["strategy"] == "ps"
 
 
 def test_a_job_whose_code_fails_is_trained_all_the_same_to_show_its_error(place: Path) -> None:
@@ -118,10 +120,12 @@ def test_a_job_whose_code_fails_is_trained_all_the_same_to_show_its_error(place:
 def test_mistakes_are_told_without_a_traceback(place: Path) -> None:
     (place / "cluster.toml").write_text("[[host]]\ncores = 0")
     (place / "not.json").write_text("{}")
+    (place / "dp.json").write_text('{"strategy": "dp"}')
     for arguments, said in (
         (["plan", "job.py", "--cluster", "cluster.toml"], "cores is 0"),
         (["plan", "nowhere.py"], "there is no file nowhere.py"),
         (["train", "job.py", "--plan", "not.json"], "is no plan"),
+        (["simulate", "job.py", "--plan", "dp.json", "--strategy", "ps"], "strategy beside it"),
     ):
         failed = run(place, *arguments)
         assert failed.returncode == 2, failed.stderr
@@ -141,6 +145,7 @@ def test_options_that_no_strategy_has_together_are_the_runs_to_refuse() -> None:
     ("given", "said"),
     [
         ({"workers": 0}, "workers is 0; give at least 1"),
+        ({"strategy": "auto", "workers": 0}, "workers is 0; give at least 1"),
         ({"strategy": "xyz"}, "xyz"),
         ({"zero": 1, "consistency": "asp"}, "consistency is asp"),
         ({"strategy": "mp", "workers": 3, "tensor": 2}, "does not divide"),

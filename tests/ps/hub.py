@@ -180,6 +180,12 @@ class Hub:
         for host in self.hosts:
             host.service.regroup()
             host.service.begin(Beginning(1, step, source, folder, self.workers, 0, applied))
+        self.come(**options)
+        self.clients[0].create(self.descriptions, lambda: torch.zeros(self.N, dtype=torch.float64), prefilled)
+        return self.clients
+
+    def come(self, **options: Any) -> list[Client]:
+        """New lives of all clients, within the same epoch."""
         self.clients = []
         for rank in range(self.workers):
             client = Client(
@@ -188,7 +194,6 @@ class Hub:
             )  # fmt: skip
             client._wire.servers = [Line(host, rank) for host in self.hosts]
             self.clients.append(client)
-        self.clients[0].create(self.descriptions, lambda: torch.zeros(self.N, dtype=torch.float64), prefilled)
         return self.clients
 
     def replace_host(self, index: int) -> None:

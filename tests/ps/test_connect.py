@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import socket
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ import torch
 
 import tricorn
 from tricorn import optim
-from tricorn.errors import AuthenticationError, Diverged, PeerLost, ProtocolError, UsageError
+from tricorn.errors import AuthenticationError, Diverged, PeerLost, ProtocolError, TableFull, UsageError
 from tricorn.ps import Session, connect, serving
 from tricorn.ps.access import Access
 from tricorn.ps.ask import ask
 from tricorn.ps.standing import client_tls, server_tls
+from tricorn.ps.wire import Header, Op
 from tricorn.table import Table
 
 SGD = optim.SGD(lr=0.5)
@@ -136,8 +138,6 @@ def test_who_waits_for_a_client_hears_that_it_has_left() -> None:
     with serving(2, workers=2) as servers:
         with pytest.raises(ProtocolError, match="rows cannot be synchronous"):
             connect(servers, **declared(sparse_consistency="bsp"))
-        with pytest.raises(PeerLost, match="the client of rank 0 has left"):  # before it could say what is held
-            connect(servers, rank=1, **bsp)
         with connect(servers, **bsp) as first, connect(servers, rank=1, **bsp) as second:
             waiting = first.push()
             second.close()
@@ -152,6 +152,115 @@ def test_who_waits_for_a_client_hears_that_it_has_left() -> None:
             assert first.weights["b"].item() in (-0.25, -0.5)  # the first may have been heard before it was told
 
 
+@pytest.mark.parametrize("consistency", ["bsp", "asp"])
+def test_a_gradient_that_is_not_finite_is_not_sent_and_training_goes_on(consistency: str) -> None:
+    tables = {"t": (2, Table(std=0.0))}
+    ids = torch.tensor([5])
+
+    def work(client: Session, rank: int) -> list[float]:
+        client.pull().wait()
+        client.gradients["b"].fill_(1.0)
+        if rank == 1:
+            client.gradients["w"].fill_(torch.nan)
+            with pytest.raises(Diverged, match="of the dense parameters is not finite; it was not sent"):
+                client.push()
+            client.gradients["w"].zero_()
+            with pytest.raises(Diverged, match="of table 't' is not finite"):
+                client.push_pull({"t": (ids, torch.tensor([[1.0, torch.inf]]))})
+            client.pull().wait()
+        for _ in range(2):
+            client.push({"t": (ids, torch.ones(1, 2))})
+            client.pull().wait()
+        client.barrier()
+        rows = client.pull({"t": ids}).wait()["t"]
+        assert client.clock() == 2
+        return [client.weights["b"].item(), *client.weights["w"].tolist(), *rows[0].tolist()]
+
+    with serving(2, workers=2) as servers:
+        found = together(servers, 2, work, consistency=consistency, tables=tables)
+    moved = -1.0 if consistency == "bsp" else -2.0
+    assert found == [[moved, 0.0, 0.0, 0.0, moved, moved]] * 2
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "tcp"])
+def test_a_sum_that_overflows_is_dropped_on_all_servers_and_training_goes_on(share: bool) -> None:
+    def work(client: Session, rank: int) -> list[float]:
+        client.pull().wait()
+        client.gradients["w"].fill_(1.0)
+        client.gradients["b"].fill_(3e38)  # of two clients that is no float32; the other server's part is sound
+        with pytest.raises(Diverged, match="the gradient of step 0 is not finite"):
+            client.push().wait()
+        client.gradients["b"].fill_(1.0)
+        client.push_pull().wait()
+        return [*client.weights["w"].tolist(), client.weights["b"].item()]
+
+    with serving(2, workers=2) as servers:
+        assert together(servers, 2, work, consistency="bsp", share=share) == [[-0.5] * 4] * 2
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_full_table_is_told_to_all_clients_of_a_synchronous_step(servers: int) -> None:
+    few, many = torch.arange(40), torch.arange(20_000)
+
+    def work(client: Session, rank: int) -> list[float]:
+        client.pull().wait()
+        client.gradients["b"].fill_(1.0)
+        client.push_pull({"t": (few, torch.ones(40, 2))}).wait()
+        before = client.pull({"t": few}).wait()["t"]
+        pushed = {"t": (many, torch.ones(len(many), 2))} if rank == 1 else {}
+        with pytest.raises(TableFull, match="memory limit leaves no room"):
+            client.push(pushed).wait()
+        assert torch.equal(client.pull({"t": few}).wait()["t"], before)
+        client.push({"t": (few, torch.ones(40, 2))}).wait()
+        after = client.pull({"t": few}).wait()["t"]
+        return [client.weights["b"].item(), *(after - before).unique().tolist()]
+
+    with serving(servers, workers=2, memory_limit=100_000) as access:
+        found = together(access, 2, work, consistency="bsp", tables={"t": (2, Table(std=0.0))})
+        told = [ask(address, bytes.fromhex(access.secret)) for address in access.servers.values()]
+    assert found == [[-1.0, -0.5]] * 2
+    assert sum(table["rows"] for one in told for table in one["tables"]) == 40
+
+
+def test_a_full_table_of_asynchronous_servers_is_left_as_it_was() -> None:
+    tables, many = {"t": (2, Table(std=0.1))}, torch.arange(20_000)
+    with serving(memory_limit=100_000) as servers:
+        with connect(servers, **declared(tables=tables)) as client:
+            before = client.pull({"t": many}).wait()["t"]
+            client.gradients["b"].fill_(1.0)
+            with pytest.raises(TableFull, match="memory limit leaves no room"):
+                client.push({"t": (many, torch.ones(len(many), 2))}).wait()
+        with connect(servers, **declared(tables=tables)) as client:
+            assert torch.equal(client.pull({"t": many}).wait()["t"], before)
+            assert client.weights["b"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kernel"),
+    [
+        (optim.SGD(lr=0.1, momentum=0.9), torch.optim.SGD, {"fused": True, "momentum": 0.9}),
+        (optim.Adam(lr=0.01), torch.optim.Adam, {"fused": True}),
+        (optim.AdamW(lr=0.01), torch.optim.AdamW, {"fused": True}),
+        (optim.Adagrad(lr=0.1), torch.optim.Adagrad, {"foreach": False}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_client_of_agreed_steps_has_the_numbers_of_torch_bit_for_bit(ours: Any, theirs: Any, kernel: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    expected = torch.randn(1003, generator=generator).requires_grad_()
+    reference = theirs([expected], lr=ours.lr, **kernel)
+    bsp = declared(dense={"w": expected.clone()}, optimizer=ours, consistency="bsp")
+    with serving() as servers, connect(servers, **bsp) as client:
+        client.pull().wait()
+        for step in range(1, 11):
+            expected.grad = torch.randn(1003, generator=generator)
+            reference.param_groups[0]["lr"] = ours.lr * (1 / step)
+            reference.step()
+            client.gradients["w"].copy_(expected.grad)
+            client.push_pull(factor=1 / step).wait()
+            assert torch.equal(client.weights["w"], expected.detach()), step
+
+
 def test_mistakes_are_told_by_name() -> None:
     with serving() as servers:
         tables = {"t": (2, Table(std=0.1))}
@@ -162,9 +271,23 @@ def test_mistakes_are_told_by_name() -> None:
                 client.pull({"t": torch.tensor([5, 5])})
             with pytest.raises(UsageError, match="ids of table 't' are a list"):
                 client.pull({"t": [1, 2]})
-            client.gradients["w"].fill_(torch.nan)
-            with pytest.raises(Diverged, match="not finite"):
-                client.push().wait()
+            for ids in (torch.tensor(5), torch.tensor([5.0]), torch.zeros(1, 1).long()):
+                with pytest.raises(UsageError, match=r"ids of table 't' are torch.* of shape"):
+                    client.pull({"t": ids})
+            with pytest.raises(UsageError, match="rows come as int64"):
+                client.pull(torch.tensor([5, 6]))
+            row = torch.tensor([5])
+            for given in ((row, [[1.0, 1.0]]), row, (row,)):
+                with pytest.raises(UsageError, match="the gradients of table 't' are"):
+                    client.push({"t": given})
+            for number in (torch.nan, torch.inf, "1"):
+                with pytest.raises(UsageError, match="factor is"):
+                    client.push(factor=number)
+                with pytest.raises(UsageError, match="count is"):
+                    client.push_pull(count=number)
+            with pytest.raises(UsageError, match="count is -1"):
+                client.push(count=-1)
+            assert client.clock() == 0
         with pytest.raises(ProtocolError, match=r"dense parameters .* are not those that this server holds"):
             connect(servers, **declared(dense={"w": torch.zeros(4)}))
         with pytest.raises((AuthenticationError, PeerLost)):
@@ -259,3 +382,13 @@ def test_a_certificate_that_is_not_trusted(certificate: tuple[Path, Path], tmp_p
 def test_the_example_trains() -> None:
     example = runpy.run_path(str(Path(tricorn.__file__).parents[2] / "examples" / "own_loop.py"))
     assert max(example["main"](steps=100)) < 0.1
+
+
+@pytest.mark.parametrize("said", [b"{", b"5", b'{"a": "\xff"}'])
+def test_statistics_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr("tricorn.ps.ask.connect", lambda *_, **__: ours)
+    with theirs:
+        theirs.sendall(Header(op=Op.STATS).pack(len(said)) + said)
+        with pytest.raises(ProtocolError, match="statistics cannot be read"):
+            ask(("127.0.0.1", 1), b"secret")

@@ -105,6 +105,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(client: Build, server: Se
 
 
 @SHARES
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_a_rate_that_is_not_finite_is_refused(client: Build, server: Server, share: bool, factor: float) -> None:
+    worker = client(share=share)
+    bases = warmed(worker)
+    with pytest.raises(ProtocolError, match="not all finite"):
+        worker.push_pull(WARM, bases, torch.ones(N), (), torch.empty(N), factor=factor)
+    assert server.applied() == [(0, WARM)]
+    assert not mode_of(server).table.weights_S.any()
+
+
+@SHARES
 def test_a_version_that_is_not_there_yet_is_refused(client: Build, share: bool) -> None:
     worker = client(share=share)
     (base,) = warmed(worker)

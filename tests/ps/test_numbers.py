@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tricorn import optim
-from tricorn.errors import Diverged
+from tricorn.errors import Diverged, JobFailed
 from tricorn.state.flat import build_model
 from tricorn.strategy import Batch, Wishes
 
@@ -88,6 +88,29 @@ def test_a_loss_that_is_not_a_number_is_applied_nowhere(cluster: Build) -> None:
         step_of(run.trainers[0], 0, *batches(job)[0])
     assert run.regroup() == [[0, 1]]
     assert torch.equal(before, run.weights())
+
+
+def test_a_gradient_that_is_not_finite_is_applied_nowhere_though_the_loss_is(cluster: Build) -> None:
+    job = make_job(loss=lambda output, target: (output * 0.0).sqrt().mean())  # whose slope at 0 is infinite
+    run = cluster(job, workers=1, servers=2)
+    run.join("initial")
+    before = run.weights()
+    with pytest.raises(Diverged, match="the gradient of step 0 is not finite"):
+        run.train(0, 1)
+    assert run.regroup() == [[0, 1]] * 2
+    run.join("keep", 0)
+    assert torch.equal(before, run.weights())
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "asp"])
+def test_a_schedule_that_is_not_a_number_is_applied_nowhere(cluster: Build, consistency: str) -> None:
+    run = cluster(make_job(schedule=lambda step: math.nan), workers=1, consistency=consistency)
+    run.join("initial")
+    before = run.trainers[0]._flat.weights_N.clone()
+    with pytest.raises(JobFailed, match="the schedule gives nan for step 0"):
+        run.train(0, 1)
+    run.regroup()
+    assert torch.equal(before, run.servers[0]._service._mode.table.weights_S)
 
 
 def test_checkpoint_goes_on_under_other_numbers_of_workers_and_servers(cluster: Build) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from tricorn import optim
 from tricorn.errors import Diverged, ProtocolError, TableFull, UsageError
 from tricorn.ps.client import Client
 from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.sparse.ids import bucket_of
 from tricorn.ps.sparse.initial import initial_rows
 from tricorn.ps.table import _divided
-from tricorn.ps.wire import Op
+from tricorn.ps.wire import VOID, Header, Op
 from tricorn.state.shards import Piece, write_shard
 from tricorn.table import Table
 
@@ -347,15 +348,16 @@ def test_a_memory_limit_is_told_and_nothing_changes(hub: Build, consistency: str
     (client,) = run.begin()
     pushed = [gradients([1, 2], 1.0), gradients(torch.arange(100_000), 1.0, tables - 1)][2 - tables :]
     if consistency == "bsp":
-        client.push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), dense(1.0), pushed)
-        change = partial(client.pull_version, 1, dense(), scale=1.0, factor=1.0)
+        change = partial(client.push_sum, 0, (0.0, 1.0, 1.0, 0.0, 0.0), dense(1.0), pushed)
     else:
         change = partial(client.push, 0, [0], dense(1.0), pushed, factor=1.0)
     with pytest.raises(TableFull, match="table 'emb'"):
         change()
     if consistency == "bsp":  # who asks again is told again
         (client,) = run.begin("keep", 1)
-        with pytest.raises(TableFull):
+        with pytest.raises(TableFull, match="table 'emb'"):
+            client.status(0)
+        with pytest.raises(TableFull, match="table 'emb'"):
             client.pull_version(1, dense(), scale=1.0, factor=1.0)
     (client,) = run.begin("keep", 0)
     weights_N = dense(9.0)
@@ -369,18 +371,70 @@ def test_a_memory_limit_is_told_and_nothing_changes(hub: Build, consistency: str
         assert torch.equal(read(client, [1, 2], table), initial([1, 2], name))
 
 
-def test_ids_of_another_placement_are_refused(hub: Build) -> None:
+@pytest.mark.parametrize("tables", [1, 2])
+@pytest.mark.parametrize("consistency", ["bsp", "asp"])
+def test_ids_of_another_placement_are_refused(hub: Build, consistency: str, tables: int) -> None:
     """As if the client believed in one server where there are two."""
-    run = hub(spec(), consistency="asp", servers=2)
+    run = hub(*(spec(name) for name in ("emb", "b")[:tables]), consistency=consistency, servers=2)
     (client,) = run.begin()
     client._wire.rows._stops_S = np.array([4096, 4096])
+    own = [id for id in range(100) if bucket_of(np.array([id]))[0] < 2048]
+    pushed = dense(1.0), [gradients(own, 1.0), gradients(range(100), 1.0, tables - 1)][2 - tables :]
+    if consistency == "bsp":
+        push = partial(client.push_sum, 0, (0.0, 1.0, 1.0, 0.0, 0.0), *pushed)
+    else:
+        push = partial(client.push, 0, [0, 0], *pushed, factor=1.0)
     with pytest.raises(ProtocolError, match="is in none of the buckets 0 to 2047"):
-        client.push(0, [0, 0], dense(1.0), [gradients(range(100), 1.0)], factor=1.0)
+        push()
     (client,) = run.begin("keep")
     weights_N = dense()
-    client.pull(weights_N)
+    if consistency == "bsp":
+        client.pull_version(0, weights_N, scale=1.0, factor=1.0)
+    else:
+        client.pull(weights_N)
     assert weights_N[0] == 0.0  # at the server that refused
     assert torch.equal(read(client, range(100)), initial(range(100)))
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "asp"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_rate_that_is_not_finite_is_refused(hub: Build, consistency: str, number: float) -> None:
+    for scale, factor in ((1.0, number), (number, 1.0))[: 2 if consistency == "bsp" else 1]:
+        run = hub(spec(), consistency=consistency)
+        (client,) = run.begin()
+        pushed = dense(1.0), [gradients([1], 1.0)]
+        if consistency == "bsp":
+            client.push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), *pushed)
+            change = partial(client.pull_version, 1, dense(), scale=scale, factor=factor)
+        else:
+            change = partial(client.push, 0, [0], *pushed, factor=factor)
+        with pytest.raises(ProtocolError, match="not all finite"):
+            change()
+        assert not run.hosts[0].service._mode.table.weights_S.any()
+    run = hub(spec(), consistency="bsp")
+    (client,) = run.begin()
+    with pytest.raises(ProtocolError, match="not all finite"):
+        client.push_sum(0, (0.0, number, 1.0, 0.0, 0.0), dense(1.0))
+
+
+@pytest.mark.parametrize("void", [False, True])
+def test_who_comes_when_another_was_lost_between_servers_brings_them_together(hub: Build, void: bool) -> None:
+    run = hub(spec(), servers=2)
+    (client,) = run.begin()
+    pushed = dense(1.0)
+    pushed[0] = torch.nan if void else 1.0  # at the first server
+    with suppress(Diverged):
+        client.push_sum(0, (0.0, 1.0, 1.0, 0.0, 0.0), pushed, [gradients(range(9), 1.0)])
+    client._wire.servers[void].send(Header(Op.PULL, version=1, flags=VOID * void, numbers=(1.0, 1.0)))
+    assert [host.service._mode._bsp.version for host in run.hosts] == ([0, 1] if void else [1, 0])
+    (client,) = run.come()
+    weights_N = dense(9.0)
+    assert client.newest(weights_N) == 1
+    assert torch.equal(weights_N, dense(0.0 if void else -1.0))
+    assert torch.equal(read(client, range(9)), initial(range(9)) - (0.0 if void else 0.5))
+    client.push_sum(1, (0.0, 1.0, 1.0, 0.0, 0.0), dense(1.0))
+    client.pull_version(2, weights_N, scale=1.0, factor=1.0)
+    assert torch.equal(weights_N, dense(-1.0 if void else -2.0))
 
 
 def test_a_table_of_another_shape_is_refused(hub: Build) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tricorn import optim
-from tricorn.errors import ProtocolError
+from tricorn.errors import PeerLost, ProtocolError
 from tricorn.plan import Consistency
 from tricorn.ps.service import Beginning, Conversation, Service
 from tricorn.ps.table import Description
@@ -24,7 +24,7 @@ GRADIENT = bytes(8)
 class Table:
     """A service of one parameter with two elements, and its workers."""
 
-    def __init__(self, workers: int, consistency: Consistency, staleness: int = 0) -> None:
+    def __init__(self, workers: int, consistency: Consistency, staleness: int = 0, *, alone: bool = False) -> None:
         self.replies: dict[int, list[Op]] = defaultdict(list)
         self.service = Service(self)
         self.talks: dict[int, Conversation] = {}
@@ -34,7 +34,7 @@ class Table:
                 consistency=consistency, staleness=staleness,
             )
         )  # fmt: skip
-        self.service.begin(Beginning(1, 0, "initial", None, workers, 0, ()))
+        self.service.begin(Beginning(1, 0, "initial", None, workers, 0, (), alone))
         for rank in range(workers):
             self.talks[rank] = self.service.converse(rank)
 
@@ -88,6 +88,20 @@ def test_all_wait_until_the_tables_exist() -> None:
     table.create()
     assert table.again(1)
     assert table.replies[1] == [Op.DONE]
+
+
+@pytest.mark.parametrize("consistency", ["bsp", "ssp", "asp"])
+def test_who_waits_for_rank_0_hears_that_it_has_left_and_who_comes_later_waits(consistency: Consistency) -> None:
+    table = Table(3, consistency, alone=True)
+    assert not table.say(1, Header(Op.IDLE))
+    waiting = table.talks[1]
+    table.service.leave(0)
+    with pytest.raises(PeerLost, match="the client of rank 0 has left, and it had not said what is to be held"):
+        next(waiting)
+    assert not table.say(2, Header(Op.STATUS if consistency == "bsp" else Op.IDLE, step=-1))
+    assert not table.again(2)
+    table.create()
+    assert table.again(2)
 
 
 def test_a_step_is_acknowledged_to_all_at_once_and_to_a_repetition_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import tricorn
 from tricorn import Table, optim
 from tricorn.cli.train import encodings
+from tricorn.engine.roles import _failed
 from tricorn.errors import PlanError, UsageError
 from tricorn.plan import Plan
 from tricorn.ps import caution, strategy
@@ -245,6 +247,18 @@ def test_top_k_makes_up_for_what_it_leaves(cluster: Build) -> None:
     before = job.loss(model(inputs), target)
     model.load_state_dict(whole(run, total))
     assert job.loss(model(inputs), target) < 0.9 * before
+
+
+def test_ids_of_a_wrong_type_end_a_run(cluster: Build) -> None:
+    ids, target = samples()
+    run = cluster(make_job(train=torch.utils.data.TensorDataset(ids.double(), target)), workers=1)
+    run.join("initial")
+    with pytest.raises(UsageError, match=r"ids of embedding 'pairs' are torch\.float64") as error:
+        train(run, 0, 1)
+    assert "int64" in error.value.remedy
+    sent: list[Any] = []
+    assert _failed(SimpleNamespace(send=sent.append, close=lambda: None), error.value) == UsageError.exit_code
+    assert sent[0].where.endswith("in forward: pairs = self.pairs(ids[:, :2])")
 
 
 def test_evaluation_reads_rows_and_makes_none(cluster: Build) -> None:

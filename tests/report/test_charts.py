@@ -1,5 +1,6 @@
 """What is drawn, as numbers."""
 
+from itertools import pairwise
 from math import inf, nan
 
 import pytest
@@ -41,6 +42,14 @@ def test_whatever_is_drawn_is_within_the_picture(points: list[tuple[float, float
         across, up = map(float, pair.split(","))
         assert 0 <= across <= WIDTH
         assert 0 <= up <= HEIGHT
+
+
+def test_a_value_holds_until_the_next() -> None:
+    drawn = line([(0.0, 0.0), (9.0, 1.0), (10.0, 2.0)], x="x", y="y", steps=True)
+    corners = [pair.split(",") for pair in drawn.partition('class="line" points="')[2].partition('"')[0].split()]
+    assert len(corners) == 5
+    moved = [(a[0] != b[0], a[1] != b[1]) for a, b in pairwise(corners)]
+    assert moved == [(True, False), (False, True)] * 2
 
 
 def test_nothing_to_draw_is_said() -> None:

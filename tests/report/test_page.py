@@ -7,6 +7,10 @@ import json
 import os
 import random
 import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,7 +24,7 @@ from tricorn.control.intervals import Intervals
 from tricorn.control.messages import Failed
 from tricorn.control.record import Record
 from tricorn.engine.base import JobFacts
-from tricorn.errors import UsageError
+from tricorn.errors import RoleFailed, UsageError
 from tricorn.plan import Plan
 from tricorn.planner.prediction import Prediction
 from tricorn.report.page import html
@@ -151,7 +155,7 @@ def test_what_comes_from_files_is_escaped(tmp_path, clock):
         file.write(f'{{"step":6,"staleness":{{"{FOREIGN}":1.0}},"role":"{FOREIGN}","time":1e9}}\n')
     assert f"failed {FOREIGN} with" not in html(read(folder))
     assert told(folder).count(FOREIGN) >= 7
-    assert f"--resume {folder.name}" in told(folder)
+    assert f"--resume {shlex.quote(str(folder))}" in told(folder)
 
 
 def test_a_run_that_goes_on_and_one_that_was_killed(tmp_path, clock):
@@ -170,6 +174,85 @@ def test_the_summary_of_an_earlier_launch_is_not_told(tmp_path, clock):
     with contextlib.closing(Record(folder, facts().order, ASP, "another")) as record:
         record.begin(3, Intervals([(0, 5)]), "the coordinator begins; from a checkpoint at step 5")
     assert "ended without a word" in told(folder)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_nor_that_of_one_with_fewer_epochs(tmp_path, clock, begun):
+    folder = trained(tmp_path / "run", clock)
+    folders.prepare(folder, facts(epochs=4), ASP)
+    if begun:
+        with contextlib.closing(Record(folder, facts(epochs=4).order, ASP, "another")) as record:
+            record.begin(3, Intervals([(0, 6)]), "the coordinator begins; from a checkpoint at step 6")
+    said = told(folder)
+    assert "ended without a word" in said
+    assert "in the model at most once" in said
+
+
+def test_a_launch_is_no_loss_and_a_coordinator_that_is_replaced_is_one(tmp_path, clock):
+    folder = trained(tmp_path / "run", clock, ends="stopped", steps=4)
+    lost = "What a lost role sent is not counted."
+    assert lost in told(folder)
+    for step, replaces in ((4, False), (5, True)):
+        with contextlib.closing(Record(folder, facts().order, ASP, "another", replaces=replaces)) as record:
+            record.begin(step - 1, Intervals([(0, step)]), f"the coordinator begins; from a checkpoint at step {step}")
+            record.ledger.commit([step], step - 1)
+            record.finish("stopped", 6_000, {"worker-0": 1_000})
+        said = told(folder)
+        assert "Roles sent each other" in said
+        assert (lost in said) is replaces
+    events = read(folder).events
+    assert [event.loss for event in events] == [False, True, False, True]
+    assert events[-1].text == "the coordinator was lost; the coordinator begins; from a checkpoint at step 5"
+
+
+def test_an_error_of_a_run_from_python_says_how_python_goes_on(tmp_path, clock):
+    error = Failed(kind="RoleFailed", message="worker-0 cannot live", remedy=RoleFailed.remedy, where="", trace="")
+    folder = trained(tmp_path / "my run", clock, ends="failed", error=error)
+    assert f"`tricorn.train(job, resume={str(folder)!r})` goes on" in told(folder)
+
+
+def test_what_was_predicted_stands_in_the_summary(tmp_path, clock):
+    summary = json.loads((trained(tmp_path / "run", clock) / "summary.json").read_bytes())
+    assert summary["predicted_peak_bytes"] == {"worker": 300_000_000, "server": 100_000_000}
+    assert summary["predicted_bytes_a_step"] == 2e6
+
+
+@pytest.fixture
+def anyone() -> Iterator[Path]:
+    """A folder that all may read, and a reader whom permissions hold back."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+            for path in [Path(folder), *Path(folder).iterdir()]:
+                path.chmod(0o755)
+
+
+@pytest.mark.parametrize("left", [set(), {"-wal", "-shm"}, {"-wal"}])
+def test_a_run_that_cannot_be_written_to_has_its_proof(tmp_path, clock, anyone, left):
+    whole, folder = trained(tmp_path / "run", clock, steps=5, ends="stopped"), anyone / "run"
+    with contextlib.closing(Record(whole, facts().order, ASP, "a launch")) as record:
+        record.ledger.commit([5], 2)
+        shutil.copytree(whole, folder)  # with what the ledger has not put in its place
+    if not left:
+        shutil.copy(whole / "ledger.sqlite", folder)
+    for end in {"-wal", "-shm"} - left:
+        (folder / f"ledger.sqlite{end}").unlink()
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(PermissionError):
+        (folder / "x").touch()
+    said = told(folder)
+    if left == {"-wal"}:  # no proof is better than one without the last steps
+        assert "ledger.sqlite cannot be read" in said
+        assert "are in the model" not in said
+    else:
+        assert "Every sample of every epoch is in the model" in said
+        assert "6 steps are in the model" in said
 
 
 def test_memory_is_foreseen_by_stage(tmp_path, clock):

@@ -91,3 +91,10 @@ def test_a_file_that_tells_no_shapes_is_damaged(tmp_path: Path) -> None:
     save_file({"param/w@0": WHOLE}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointDamaged, match="does not say what shape param/w has"):
         CheckpointReader(tmp_path, 1)
+
+
+@pytest.mark.parametrize("shapes", ["{", '{"param/w": 40}', "[]"])
+def test_a_file_whose_shapes_cannot_be_read_is_damaged(tmp_path: Path, shapes: str) -> None:
+    save_file({"param/w@0": WHOLE}, tmp_path / "a.safetensors", metadata={"shapes": shapes})
+    with pytest.raises(CheckpointDamaged, match="shapes cannot be read"):
+        CheckpointReader(tmp_path, 1)

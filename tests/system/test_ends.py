@@ -28,7 +28,9 @@ if "TRICORN_ROUNDS" in os.environ:
 
 @pytest.mark.parametrize(("how", "strategy"), ENDS)
 def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strategy):
-    run = harness.start(tmp_path, "long", "--strategy", strategy, "--checkpoint-every", "50")
+    # By heartbeats nothing would end: they may be missing for longer than SECONDS.
+    options = ["--checkpoint-every", "50", "--heartbeat-timeout", "100"]
+    run = harness.start(tmp_path, "long", "--strategy", strategy, *options)
     run.reach(60)
     family, segments = processes(run), set(os.listdir("/dev/shm"))
     run.process.send_signal(getattr(signal, how))
@@ -40,7 +42,7 @@ def test_a_run_that_is_stopped_leaves_nothing_and_goes_on(tmp_path, how, strateg
     if how != "SIGKILL":
         assert code == 130
         who = "the user" if how == "SIGINT" else how
-        assert f"\ninterrupted by {who} at step {run.steps()}, " in err
+        assert f"\ninterrupted by {who} at step {run.steps()}, and saved\n" in err
         assert f"tricorn train --resume {os.path.relpath(run.folder.resolve())}" in err.splitlines()[-1]
     before = run.steps()
     others = {"dp": ["--strategy", "ps", "--workers", "3"], "ps": ["--strategy", "mp"], "mp": ["--strategy", "dp"]}

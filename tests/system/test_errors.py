@@ -1,6 +1,6 @@
 """What a user sees when something is wrong: one message, last, with the place and the cure; the right exit code.
 
-With TRICORN_ROUNDS under every strategy, else under one.
+With TRICORN_ROUNDS under every strategy, else under one or two.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from tricorn.control import checkpoints
 from tricorn.engine import loading
-from tricorn.errors import PlanError, UsageError
+from tricorn.errors import PlanError
 from tricorn.plan import Plan
 
 from . import harness
@@ -21,7 +21,7 @@ from . import harness
 MISTAKES = Path(__file__).with_name("mistakes.py")
 STRATEGIES = ["dp", "ps", "mp"]
 CAMPAIGN = "TRICORN_ROUNDS" in os.environ
-RAISING = [("raising_block", "mp"), *([("raising", "dp"), ("raising", "ps")] if CAMPAIGN else [])]
+RAISING = [("raising_block", "mp"), ("raising", "dp"), *([("raising", "ps")] if CAMPAIGN else [])]
 
 
 def failure(run: harness.Run) -> tuple[int, str]:
@@ -64,12 +64,17 @@ def test_a_file_that_cannot_be_read(tmp_path):
     assert "/nowhere/33.png" in said
 
 
-def test_a_job_with_mistakes():
-    with pytest.raises(UsageError, match="the job has 2 mistakes") as caught:
-        loading.load(str(MISTAKES), "wrong", None)
-    assert "batch_size" in str(caught.value)
-    assert "optimizer.lr" in str(caught.value)
-    assert caught.value.exit_code == 2
+@pytest.mark.parametrize("options", [[], ["--strategy", "dp"]])
+def test_a_job_with_mistakes(tmp_path, monkeypatch, options):
+    """Also where the planner loads it, to which nothing is known: before it measures the machine."""
+    monkeypatch.setenv("TRICORN_CACHE", str(tmp_path / "cache"))
+    code, out, err = harness.start(tmp_path, "wrong", *options, file=MISTAKES).end()
+    assert code == 2
+    assert err.startswith("\nerror: the job has 2 mistakes")
+    assert "batch_size" in err
+    assert "optimizer.lr" in err
+    assert "mistakes.py:" in err
+    assert json.loads(out)["exit_code"] == 2
 
 
 def test_a_metric_that_is_not_a_number_and_a_job_file_with_a_process_of_its_own(tmp_path):

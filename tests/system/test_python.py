@@ -1,5 +1,7 @@
 """From Python or a notebook: a job made of local functions goes in, a trained model and its history come out."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,9 @@ def test_options_of_a_plan_are_checked(tmp_path):
     ]
     with pytest.raises(tricorn.errors.PlanError, match="did you mean workers"):
         tricorn.plan(make_job(), worker=2)
+    for verb in (tricorn.plan, tricorn.train):
+        with pytest.raises(tricorn.errors.PlanError, match="workers is 0"):
+            verb(make_job(), strategy="auto", workers=0)
     with pytest.raises(tricorn.errors.PlanError, match=r"workers: 2\.5 is not a whole number"):
         tricorn.train(make_job(), plan=tricorn.Plan(strategy="dp", workers=2.5))
     for wrong in ({"job": "digits.py"}, {"job": make_job(), "plan": "dp"}):
@@ -67,8 +72,10 @@ def test_an_error_of_the_job_is_raised(tmp_path):
         raise ZeroDivisionError("mine")
 
     with pytest.raises(tricorn.errors.UserCodeError, match="ZeroDivisionError: mine") as caught:
-        tricorn.train(make_job(loss=loss), strategy="dp", threads=1, runs=tmp_path)
+        tricorn.train(make_job(loss=loss), strategy="dp", threads=1, runs=tmp_path / "my RUN's")
     assert "test_python.py" in caught.value.where
+    folder = os.path.relpath((tmp_path / "my RUN's" / "latest").resolve())
+    assert f"`tricorn.train(job, resume={folder!r})` goes on" in caught.value.remedy
 
 
 def test_a_plan_that_cannot_be(tmp_path):

@@ -21,17 +21,18 @@ MOST_ROWS = 12
 def plan(
     job: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="The job's file, and its name if not 'job'.")],
     cluster: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Machines to plan for, instead of this one (TOML).")
+        Path | None, typer.Option(metavar="FILE", help="Machines to plan for (TOML). \\[this one]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Only plans with so many workers.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="Only plans of that strategy.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Only plans with so many workers. \\[any]")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Only plans of that strategy. \\[auto]")] = None,
     memory: Annotated[int | None, typer.Option(help="Bytes that each worker may use. \\[the machine's]")] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Choose asynchronous, compressed and local plans, too.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is known already.")] = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the chosen plan, for train --plan.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write the chosen plan, for train --plan. \\[nowhere]"),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Show every plan, and every one that cannot run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,

@@ -26,7 +26,7 @@ def stats(
     where: Annotated[str, typer.Argument(metavar="RUN|FILE", help="A run, or the file of tricorn server.")] = "latest",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds over which rates are measured.")] = 1.0,
-    tls: Annotated[Path | None, typer.Option(help="The certificate to trust, if the servers encrypt.")] = None,
+    tls: Annotated[Path | None, typer.Option(help="The certificate to trust, if the servers encrypt. \\[none]")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show tables, rows, bytes, rates, latencies, hot ids and staleness."""

@@ -35,8 +35,8 @@ def server(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the first; the others follow. \\[free ones]")] = 0,
     file: Annotated[Path, typer.Option(help="Written for clients: addresses and secret.")] = Path("servers.json"),
     memory_limit: Annotated[str | None, typer.Option(help="For the rows of each server, such as 4GB. \\[all]")] = None,
-    certificate: Annotated[Path | None, typer.Option(help="Encrypt with TLS: the certificate (PEM).")] = None,
-    key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="Encrypt with TLS: the certificate (PEM). \\[none]")] = None,
+    key: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM). \\[none]")] = None,
 ) -> None:
     """Run parameter servers by themselves, for training loops of one's own, until interrupted.
 

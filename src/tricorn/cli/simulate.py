@@ -22,6 +22,7 @@ def simulate(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The plan, as plan -o writes it. \\[the best for the cluster]")
     ] = None,
+    strategy: Annotated[str | None, typer.Option(help="The best plan of that strategy. \\[auto]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are simulated one by one.")] = 200,
     seed: Annotated[int, typer.Option(help="Of what is drawn: scatter, stalls, failures.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -31,7 +32,8 @@ def simulate(
     from tricorn.planner.simulating import simulate as simulated
 
     chosen = folders.read_plan(plan) if plan else None
-    found = simulated(job_in(job), chosen, cluster=cluster, steps=steps, seed=seed, told=_tell)
+    given = {"strategy": strategy} if strategy else {}
+    found = simulated(job_in(job), chosen, given, cluster=cluster, steps=steps, seed=seed, told=_tell)
     if json:
         whole = {**msgspec.to_builtins(found), "difference": found.difference}
         print(msgspec.json.encode(whole).decode(), flush=True)

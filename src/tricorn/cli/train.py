@@ -40,7 +40,7 @@ def train(
         ),
     ] = None,
     planned: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="A plan that tricorn plan has written.")
+        Path | None, typer.Option("--plan", metavar="FILE", help="A plan that tricorn plan has written. \\[none]")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; with mp, of the whole mesh. \\[chosen, or 2]")
@@ -58,10 +58,15 @@ def train(
     ] = None,
     zero: Annotated[
         int | None,
-        typer.Option(min=0, max=3, help="With dp: spread optimizer state (1; also mp), gradients (2), weights (3)."),
+        typer.Option(
+            min=0,
+            max=3,
+            help="With dp: spread optimizer state (1; also mp), gradients (2), weights (3). \\[chosen, or 0]",
+        ),
     ] = None,
     balance: Annotated[
-        bool | None, typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed.")
+        bool | None,
+        typer.Option("--balance/--no-balance", help="With dp: shares follow the workers' speed. \\[chosen, or no]"),
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="With dp and mp: parts of a batch. \\[chosen]")] = None,
     replicas: Annotated[int | None, typer.Option(help="With mp: how many copies of the model. \\[1]")] = None,
@@ -89,7 +94,7 @@ def train(
     outer: Annotated[Outer | None, typer.Option(help="With --local-steps: how they meet. \\[nesterov]")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. \\[cores / workers]")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given.")
+        str | None, typer.Option(metavar="RUN", help="Go on with a run, under its plan or the one given. \\[a new run]")
     ] = None,
     replan: Annotated[
         bool,

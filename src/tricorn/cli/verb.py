@@ -14,7 +14,7 @@ from tricorn.job import belongs
 
 
 class Verb(TyperCommand):
-    """A command whose unknown options are looked for in the job, too."""
+    """A command whose unknown options are looked for in the job, too, if it takes one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -23,7 +23,7 @@ class Verb(TyperCommand):
             option = getattr(error, "option_name", "")
             name = option.lstrip("-").replace("-", "_")
             own = [name for name in (parameter.name for parameter in self.params) if name]
-            if not name or nearest(name, own, alike=0.8) or not (where := belongs(name)):
+            if "job" not in own or not name or nearest(name, own, alike=0.8) or not (where := belongs(name)):
                 raise
             said = f"no such option: {option}; it belongs to the job"
             raise UsageError(said, remedy=f"Set {where} in the job's file.") from None

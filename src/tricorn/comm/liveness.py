@@ -24,10 +24,10 @@ class Liveness:
             self._ranks[descriptor] = rank
             self._poll.register(descriptor, select.POLLIN)
 
-    def dead(self) -> set[int]:
-        """The ranks whose processes have ended, however that came about."""
+    def dead(self, patience: int = 0) -> set[int]:
+        """The ranks whose processes have ended, however that came about; the first is waited for so many ms."""
         with self._mutex:
-            return self._gone | {self._ranks[descriptor] for descriptor, _ in self._poll.poll(0)}
+            return self._gone | {self._ranks[descriptor] for descriptor, _ in self._poll.poll(patience)}
 
     def close(self) -> None:
         """Forget the processes. May be called again."""

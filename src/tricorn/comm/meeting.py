@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from tricorn.comm.mesh import Mesh
+from tricorn.documents import UNREADABLE
 from tricorn.errors import ProtocolError
 
 CARD = 1024  # bytes
@@ -28,7 +29,7 @@ def show(mesh: Mesh, what: T, timeout: float) -> list[T]:
     shown[mesh.rank] = own
     try:
         return [msgspec.json.decode(card.numpy().tobytes(), type=type(what)) for card in shown]
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ProtocolError(f"what a rank shows of itself cannot be read: {error}") from None
 
 

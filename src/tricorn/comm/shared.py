@@ -165,6 +165,10 @@ class Shared:
         else:
             self._lane.run(work)
 
+    def dead(self) -> list[int]:
+        """The ranks whose processes have ended, by the names that errors call them."""
+        return self._waiting.dead()
+
     def interrupt(self, reason: str) -> None:
         """Make every call, blocked or yet to come, here and at the peers, raise PeerLost. From any thread."""
         self._waiting.hang_up(reason)

@@ -24,6 +24,7 @@ from tricorn.errors import PeerLost
 SLICE = 10_000_000  # nanoseconds
 ALIVE, BROKEN, LEFT = range(3)
 FRESH = 200  # milliseconds for which a rank counts as waiting after it has said so, as it does each slice
+ENDING = 50  # milliseconds that a process may take to end after its connections have closed
 
 # Spins and yields before a waiter sleeps. Who has a core to itself spins: a sleeper is woken after 20 µs and more. It
 # yields where ranks outnumber cores, and sleeps at once beside a thread of its own process that computes: spinning
@@ -91,6 +92,10 @@ class Waiting:
             self.hang_up(str(error) or type(error).__name__)
             raise
         return state
+
+    def dead(self) -> list[int]:
+        """The names of the ranks whose processes have ended; of one that is ending, too."""
+        return sorted(self.names[rank] for rank in self._liveness.dead(ENDING))
 
     def hang_up(self, why: str) -> None:
         """Make the group of no use, here and at the peers, who are told why. May be called again, by any thread."""

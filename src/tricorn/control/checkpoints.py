@@ -17,6 +17,8 @@ import msgspec
 
 from tricorn.control.intervals import Intervals
 from tricorn.control.messages import Count, File
+from tricorn.documents import UNREADABLE
+from tricorn.errors import CheckpointDamaged
 
 KEPT = 2
 
@@ -76,9 +78,9 @@ def damage(folder: Path) -> str:
     """What is wrong with a published checkpoint, naming the file; empty when it is whole."""
     path = folder / "manifest.json"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        return f"{path} cannot be read: {error}"
+        manifest = load_manifest(folder)
+    except CheckpointDamaged as error:
+        return str(error)
     if folder_of(folder.parent, manifest.step) != folder:
         return f"{path} speaks of step {manifest.step}"
     if len(Intervals(manifest.applied)) != manifest.step:
@@ -102,8 +104,12 @@ def _file_damage(path: Path, file: File) -> str:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint that ``damage`` found whole."""
-    return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+    """The manifest of a published checkpoint. Raises CheckpointDamaged if it cannot be read."""
+    path = folder / "manifest.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except UNREADABLE as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from None
 
 
 def newest_whole(root: Path) -> tuple[Path | None, list[str]]:

@@ -8,6 +8,7 @@ What counts is what is not undone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import numpy as np
 
 from tricorn.control.intervals import Intervals
 from tricorn.data.order import Permutation, step_range, steps_per_epoch
+from tricorn.documents import UNREADABLE
 from tricorn.errors import UsageError
 
 _TABLES = """
@@ -52,10 +54,10 @@ class Ledger:
         """
         if order is None and not path.exists():
             raise UsageError(f"there is no ledger at {path}", remedy="Name the folder of a run.")
-        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db = _connected(path, reads=order is None)
         try:
             self.order = self._open(order)
-        except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
+        except (sqlite3.DatabaseError, *UNREADABLE) as error:
             self.close()
             raise UsageError(
                 f"the ledger {path} cannot be read: {error}", remedy="Restore it, or start a new run."
@@ -96,7 +98,9 @@ class Ledger:
 
     def launched(self, launch: str, at: float, committed: int) -> tuple[float, int]:
         """When this launch of the run began and with how many steps: as first told, whatever is told later."""
-        stored = msgspec.json.decode(self._meta("launch") or "null", type=tuple[str, float, int] | None)
+        stored = None
+        with contextlib.suppress(*UNREADABLE):
+            stored = msgspec.json.decode(self._meta("launch") or "null", type=tuple[str, float, int] | None)
         if stored is None or stored[0] != launch:
             stored = (launch, at, committed)
             self._set_meta("launch", msgspec.json.encode(stored).decode())
@@ -137,9 +141,12 @@ class Ledger:
         self._db.execute("insert or replace into evaluations values (?, ?)", (step, json.dumps(values)))
 
     def evaluations(self) -> dict[int, dict[str, float]]:
-        """Step -> what was measured of the model of that step."""
-        rows = self._db.execute("select step, measured from evaluations order by step")
-        return {step: json.loads(measured) for step, measured in rows}
+        """Step -> what was measured of the model of that step; without what is damaged."""
+        found: dict[int, dict[str, float]] = {}
+        for step, measured in self._db.execute("select step, measured from evaluations order by step"):
+            with contextlib.suppress(json.JSONDecodeError, *UNREADABLE):
+                found[step] = msgspec.convert(json.loads(measured), dict[str, float])
+        return found
 
     def committed(self) -> Intervals:
         """The steps that are in the model."""
@@ -193,6 +200,18 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _connected(path: Path, *, reads: bool) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    if reads and not path.with_name(f"{path.name}-wal").exists():
+        try:
+            db.execute("select 1 from sqlite_master")
+        except sqlite3.DatabaseError:
+            # Where nothing can be written SQLite has no place for its locks; with no log beside it the file is whole.
+            db.close()
+            return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    return db
 
 
 def _difference(stored: Order, given: Order) -> str:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tricorn.errors import ProtocolError
+from tricorn import errors
+from tricorn.errors import ProtocolError, TricornError
 
 MAX_FRAME = 1 << 20
 HEADER = struct.Struct("!I")
@@ -288,6 +289,15 @@ def failed(error: Exception, trace: str = "") -> Failed:
         where=_sendable(getattr(error, "where", "")[:MAX_TEXT]),
         trace=_sendable(trace[-MAX_TEXT:]),
     )
+
+
+def raised(failed: Failed, otherwise: type[TricornError]) -> TricornError:
+    """The error that the message tells of; ``otherwise`` if its kind is unknown, or made of more than a message."""
+    kind: Any = getattr(errors, failed.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, TricornError) and kind.__init__ is TricornError.__init__):
+        kind = otherwise
+    error: TricornError = kind(failed.message, remedy=failed.remedy or None, where=failed.where)
+    return error
 
 
 def _sendable(text: str) -> str:

@@ -16,6 +16,7 @@ from tricorn.control.intervals import Intervals
 from tricorn.control.ledger import Ledger, Order
 from tricorn.control.messages import Failed, File, Progress
 from tricorn.data.order import step_range, steps_per_epoch
+from tricorn.documents import UNREADABLE
 from tricorn.plan import Plan
 from tricorn.report import compare
 from tricorn.state import memory
@@ -26,11 +27,47 @@ _NOTES = 100_000  # lines of what roles measured: whoever tells more must not fi
 RATE_WINDOW = 5.0  # seconds over which the shown samples a second are averaged
 
 
+class _Traced(msgspec.Struct):
+    """A line of ``metrics.jsonl``, as far as it tells the loss of a step."""
+
+    loss: float | None = None
+
+
+class _Change(msgspec.Struct):
+    """What a launch came to under a plan that it had before (run.py)."""
+
+    steps: int
+    plan: Plan
+    measured: dict[str, float]
+    bytes_sent: int
+
+
+class _Changes(msgspec.Struct):
+    """``changes.json``."""
+
+    launch: str
+    changes: list[_Change]
+
+
+class _Predicted(msgspec.Struct):
+    """``predicted.json``, as far as it is held against what was measured."""
+
+    terms: dict[str, float]
+    seconds: float
+    low: float
+    high: float
+    memory: dict[str, int] = {}
+    sent: float = 0.0
+
+
 class Record:
     """Writes what happens into the folder of one run. Methods raise OSError when the disk will not take it."""
 
-    def __init__(self, folder: Path, order: Order, plan: Plan, launch: str) -> None:
-        """``launch`` tells one launch of the run from another, however often the coordinator is replaced."""
+    def __init__(self, folder: Path, order: Order, plan: Plan, launch: str, *, replaces: bool = False) -> None:
+        """``launch`` tells one launch of the run from another, however often the coordinator is replaced.
+
+        ``replaces``: whether this coordinator takes the place of one that was lost.
+        """
         self.folder = folder
         self.ledger = Ledger(folder / "ledger.sqlite", order)
         self._order = order
@@ -38,6 +75,7 @@ class Record:
         self._checkpoints = folder / "checkpoints"
         self._metrics = (folder / "metrics.jsonl").open("ab")
         self._launch = launch
+        self._lost = "the coordinator was lost; " if replaces else ""  # to be told with the first event
         self._began: float | None = None
         self._before = len(self.ledger.committed())
         self._loss: float | None = self._last_loss()
@@ -48,6 +86,7 @@ class Record:
         self._recent: deque[tuple[float, int]] = deque()
 
     def begin(self, epoch: int, committed: Intervals, event: str) -> None:
+        event, self._lost = self._lost + event, ""
         self.ledger.begin(epoch, committed, event, time.time())
         if self._began is None:
             # The wall clock, because a coordinator that replaces another has no other in common with it.
@@ -165,9 +204,10 @@ class Record:
 
     def _changes(self) -> list[dict[str, Any]]:
         """What this launch of the run came to under plans that it had before (run.py)."""
-        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
-            said: dict[str, Any] = msgspec.json.decode((self.folder / "changes.json").read_bytes())
-            return list(said["changes"]) if said["launch"] == self._launch else []
+        with contextlib.suppress(*UNREADABLE):
+            said = msgspec.json.decode((self.folder / "changes.json").read_bytes(), type=_Changes)
+            if said.launch == self._launch:
+                return [msgspec.to_builtins(change) for change in said.changes]
         return []
 
     def _steps(self) -> dict[str, Any]:
@@ -175,11 +215,12 @@ class Record:
         spent = [*self._spent.values()]
         found = compare.measured(spent, self._plan)
         told: dict[str, Any] = {"measured": found, "measured_steps": compare.counted(spent), "spent": self._spent}
-        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
-            said = msgspec.json.decode((self.folder / "predicted.json").read_bytes())
-            predicted = compare.grouped(said["terms"], said["seconds"], found)
-            interval = {"low": said["low"], "high": said["high"]}
+        with contextlib.suppress(*UNREADABLE):
+            said = msgspec.json.decode((self.folder / "predicted.json").read_bytes(), type=_Predicted)
+            predicted = compare.grouped(said.terms, said.seconds, found)
+            interval = {"low": said.low, "high": said.high}
             told |= {"predicted": predicted | interval, "worst_term": compare.worst(predicted, found)}
+            told |= {"predicted_peak_bytes": said.memory, "predicted_bytes_a_step": said.sent}
         return told
 
     def _last_loss(self) -> float | None:
@@ -191,10 +232,9 @@ class Record:
         if lines and not lines[-1].endswith(b"\n"):
             self._metrics.write(b"\n")
         for line in reversed(lines):
-            with contextlib.suppress(msgspec.DecodeError):
-                row = msgspec.json.decode(line)
-                if row.get("loss") is not None:
-                    return float(row["loss"])
+            with contextlib.suppress(*UNREADABLE):
+                if (loss := msgspec.json.decode(line, type=_Traced).loss) is not None:
+                    return loss
         return None
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from tricorn.control.intervals import Intervals
 from tricorn.control.leases import Leases
 from tricorn.control.members import Member, Members
 from tricorn.control.resume import LOST, Source, resume_point
-from tricorn.errors import CheckpointDamaged
+from tricorn.errors import CheckpointDamaged, RoleFailed
 
 
 class Coordinator:
@@ -121,7 +121,7 @@ class Coordinator:
         member.stillborn += member.ready is None
         if member.stillborn > self.facts.barren_restarts:
             message = f"{event.role} ended {member.stillborn} times before it was ready; last: {event.reason}"
-            self._end("failed", m.Failed(kind="RoleFailed", message=message, remedy="", where="", trace=""))
+            self._end("failed", m.failed(RoleFailed(message)))
             return self._take()
         self._out.append(Tell(m.Notice(text=f"{event.role} is gone ({event.reason}); it is replaced")))
         self._lose(now, f"{event.role} is gone ({event.reason})")
@@ -201,7 +201,7 @@ class Coordinator:
         self._barren += self.phase == "running"
         if self._barren > self.facts.barren_restarts:
             message = f"{self._barren} losses in a row without a step in between; the last: {why}"
-            self._end("failed", m.Failed(kind="RoleFailed", message=message, remedy="", where="", trace=""))
+            self._end("failed", m.failed(RoleFailed(message)))
         else:
             self._regroup(now, why)
 

@@ -104,8 +104,9 @@ class ShardTrainer(Worker):
 
     def _add_up(self, group: Group, batch: Batch, shares: list[int]) -> float:
         """With zero=1 a worker adds up its microbatches, else it has not the room, and each is summed by itself."""
-        # Peers wait for this worker in the midst of backward while they gather or normalise.
-        self._sum.begin(group, waits=self._zero < 3 and not self._norm)
+        # Peers wait for this worker in the midst of computing while they gather, normalise or look up rows.
+        whole = self._context.plan.embeddings == "whole"
+        self._sum.begin(group, waits=self._zero < 3 and not self._norm and whole)
         parts = self._parts(batch)
         rounds = (self._context.plan.microbatches or 1) if self._zero > 1 else 1
         total = 0.0

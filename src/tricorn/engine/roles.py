@@ -36,7 +36,8 @@ def coordinate(spec: RoleSpec, listener: socket.socket) -> int:
     from tricorn.control import server
     from tricorn.control.record import Record
 
-    record = Record(Path(spec.folder), spec.job.order, spec.plan, spec.launch)
+    replaces = spec.incarnation > 1
+    record = Record(Path(spec.folder), spec.job.order, spec.plan, spec.launch, replaces=replaces)
     server.serve(spec.facts, record, spec.secret, listener)
     return 0
 
@@ -165,6 +166,8 @@ def _failed(link: Link, error: BaseException) -> int:
     print(trace, flush=True)
     if not isinstance(error, TricornError):
         error = UserCodeError(in_words(error), where=users_line(error)).with_traceback(None)
+    elif not error.where:
+        error.where = users_line(error)  # the job's own line, where that is what failed
     link.send(m.failed(error, trace[-8000:]))
     link.close()
     return error.exit_code

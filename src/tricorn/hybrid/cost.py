@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 
 from tricorn.hybrid.division import divide
 from tricorn.mp.mesh import Mesh
+from tricorn.plan import RowCompression
+from tricorn.planner.ground import CODING, ENCODED
 from tricorn.planner.prediction import EXCHANGE, WIRE, Prediction
 from tricorn.state.footprint import peak_bytes
 
@@ -36,7 +38,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     width = ground.profile.tables[0].dim * ground.profile.element_bytes
     return msgspec.structs.replace(
         dense, plan=plan, terms=terms, memory=_memory(plan, ground, dense),
-        sent=dense.sent + 2 * rows.bytes * (1 + ROW_ID / width),
+        sent=dense.sent + 2 * (rows.passing + rows.bytes * ROW_ID / width),
     )  # fmt: skip
 
 
@@ -57,7 +59,10 @@ def _dense(plan: Plan, ground: Ground) -> tuple[ModuleType, Ground]:
 
 
 class _Rows:
-    """What rows add to a step: ``bytes`` of all that are read, and ``terms``."""
+    """What rows add to a step: ``bytes`` of all that are read, and ``terms``.
+
+    ``passing``: bytes of rows and of their gradients as they travel, on average of both ways.
+    """
 
     def __init__(self, plan: Plan, ground: Ground) -> None:
         profile = ground.profile
@@ -67,6 +72,11 @@ class _Rows:
         m = len(self._readers)
         read = [table.ids(profile.batch_size / m) * table.dim for table in profile.tables]
         self.bytes = m * sum(read) * profile.element_bytes
+        hows = [_encoding(plan, table.name) for table in profile.tables]
+        sizes = [each * profile.element_bytes for each in read]  # of one reader
+        pushed = m * sum(ENCODED[how] * size for how, size in zip(hows, sizes, strict=True))
+        coding = sum(CODING[how] * ground.links.seconds("copy", 1, n) for how, n in zip(hows, sizes, strict=True))
+        self.passing = (self.bytes + pushed) / 2
         if plan.served:
             self._held = [1 / plan.servers] * plan.servers
         else:
@@ -75,7 +85,7 @@ class _Rows:
         exchange = self._exchanging()
         if plan.sparse_consistency in ("ssp", "asp"):  # read while the step before is computed
             exchange /= 2
-        self.terms = {EXCHANGE: exchange, WIRE: 2 * self._one_way()}
+        self.terms = {EXCHANGE: exchange + coding, WIRE: 2 * self._one_way()}
 
     def _exchanging(self) -> float:
         """Seconds in which processors read and update rows."""
@@ -102,8 +112,14 @@ class _Rows:
         for host in reading | Counter(self._holders):
             its, share = reading[host] / m, held.get(host, 0.0)
             passing = max(its * (1 - share), share * (1 - its))
-            found = max(found, passing * self.bytes / self._ground.host(host).bytes_per_second)
+            found = max(found, passing * self.passing / self._ground.host(host).bytes_per_second)
         return found
+
+
+def _encoding(plan: Plan, table: str) -> str:
+    """How gradients of a table's rows travel: to servers as they have it (hybrid/served.py), and else as they are."""
+    whole = plan.compress if plan.served and plan.compress in get_args(RowCompression) else "none"
+    return plan.compress_tables.get(table, whole)
 
 
 def _readers(plan: Plan, ground: Ground) -> list[int]:

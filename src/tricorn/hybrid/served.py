@@ -95,7 +95,7 @@ class ServedTables:
         self._given = []
 
     def abandon(self) -> None:
-        self._lookups.end()
+        self._lookups.abandon()
 
     @contextmanager
     def judging(self, parts: Sequence[Any]) -> Iterator[None]:

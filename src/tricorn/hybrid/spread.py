@@ -114,7 +114,7 @@ class SpreadTables:
 
     def abandon(self) -> None:
         self._peers.give_up()
-        self._lookups.end()
+        self._lookups.abandon()
         for own in self._owns.values():
             own.forget()
 

@@ -4,9 +4,9 @@ plan says where it says it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from tricorn.mp.partition import Block, blocks_of, legal_cuts, wrong_cuts
 from tricorn.mp.schedule import gathered, order
 from tricorn.mp.simulate import Work, crowded, most_in_flight, simulate
 from tricorn.plan import Plan, Schedule
+from tricorn.state import cores
 from tricorn.state.flat import build_model
 from tricorn.state.footprint import COPIED, FIRST_STEP
 from tricorn.state.memory import limit_bytes, own_bytes, resident_bytes, sharing
@@ -136,13 +137,18 @@ class _Pace:
         self, job: Job, slowness: Sequence[float], chunks: int, microbatches: int, held: Sequence[Held],
         costs: Sequence[Cost], link: Link, device: torch.device,
     ) -> None:  # fmt: skip
-        self._ranks, self._slowness, self._microbatches = len(slowness), [*slowness] * chunks, microbatches
+        self._ranks, self._microbatches = len(slowness), microbatches
         self._costs, self._link = costs, link
         self._handed_on = [cost.handed_on for cost in costs]
         rate = update_seconds(job, device)
         self._updates = [rate * sum(block.weights.values()) for block in held]
-        # Of the host's cores, those that fall to this line of workers.
-        self._cores = len(os.sched_getaffinity(0)) * self._ranks / max(sharing(), self._ranks)
+        # Of one host's cores, those that fall to this line of workers.
+        self._cores = cores.usable() * self._ranks / max(sharing(), self._ranks)
+        self._slowness = [*slowness] * chunks
+        if link != SHARED:
+            # Hosts share no cores. Slowness was tried while all computed, what blocks take while the others waited.
+            self._cores, crowd = inf, max(1.0, sharing() / cores.usable())
+            self._slowness = [crowd * each for each in self._slowness]
 
     def promising(self, cuts: Sequence[int], fits: Fits) -> list[tuple[int, ...]]:
         """Cuts whose slowest stage is fast, an update counted."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 from tricorn.errors import PlanError
 from tricorn.mp.cut import Link, balanced
 from tricorn.mp.mesh import Mesh, Place, chunks_of
-from tricorn.mp.schedule import microbatches_of, order, split
-from tricorn.mp.simulate import Simulated, Work, simulate
+from tricorn.mp.schedule import gathered, microbatches_of, order, split
+from tricorn.mp.simulate import Work, most_in_flight, simulate
 from tricorn.planner.ground import combined
 from tricorn.planner.parts import Line, Parts, stalls_of, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
@@ -58,7 +59,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
         plan=plan,
         terms=terms,
         scatter=combined((simulated.seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
-        memory=mesh.memory(simulated),
+        memory=mesh.memory(),
         sent=mesh.sent,
         links=mesh.links(),
         notes=ground.notes("mp", max(2, mesh.p), 0.0),
@@ -122,15 +123,15 @@ class _Mesh:
         copied = 2 * (self.R - 1) / self.R * max(stage.bytes for stage in self.stages) if self._copies_apart else 0.0
         return {self.ground.host(self.hosts[0]).name: handed + copied}
 
-    def memory(self, simulated: Simulated) -> dict[str, int]:
+    def memory(self) -> dict[str, int]:
         """Peak bytes of each stage: weights, gradients and slots of its layers, and activations of what is in flight.
 
         A copy of what is saved is made to be written.
         """
         profile, samples = self.profile, self.samples / self.count
         found = {}
-        for rank, flying in enumerate(simulated.in_flight):
-            mine = self.stages[rank :: self.p]
+        for rank, actions in enumerate(self.orders):
+            flying, mine = most_in_flight(actions), self.stages[rank :: self.p]
             weights = sum(stage.bytes for stage in mine)
             slots = profile.slots / (self.R if self.plan.zero else 1)
             layers = [layer for stage in mine for layer in stage.layers]
@@ -206,12 +207,25 @@ class _Mesh:
         times = self.samples / self.count / max(1, self.profile.layer_samples)
         self.handed = [stage.layers[-1].output_bytes * times for stage in self.stages[:-1]]
         schedule = self.plan.schedule or ("interleaved" if self.v > 1 else "1f1b")
-        orders = tuple(tuple(order(schedule, rank, self.p, self.count, self.v)) for rank in range(self.p))
+        self.orders = [order(schedule, rank, self.p, self.count, self.v) for rank in range(self.p)]
+        together = [self._together(stage) for stage in self.stages]
+        orders = tuple(tuple(gathered(actions, together[rank :: self.p])) for rank, actions in enumerate(self.orders))
         hop = self._hop(max(self.handed, default=0.0)) if self.p > 1 else 0.0
         return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R)
 
+    def _together(self, stage: Stage) -> int:
+        """For how many microbatches at a time a stage computes most of its weight gradients.
+
+        What had rows enough when it was measured is taken to have enough.
+        """
+        together = max(stage.layers, key=lambda layer: layer.weights).together
+        return ceil(together * self.profile.layer_samples * self.count / self.samples) if together > 1 else 1
+
     def _seconds(self, stage: int) -> float:
-        """Of forward and backward of the whole model, for one microbatch, on the slowest host of this stage."""
+        """Of forward and backward of the whole model, for one microbatch, on the slowest host of this stage.
+
+        Workers that outnumber their host's cores were measured as such (``Ground.on``).
+        """
         samples = self.samples / self.count
         return max(
             self.ground.on(host, self.plan, samples)[0] for host in {self.hosts[rank] for rank in self._ranks(stage)}

@@ -17,7 +17,7 @@ from tricorn.planner import store
 from tricorn.planner.cluster import Cluster
 from tricorn.planner.explain import explain
 from tricorn.planner.ground import Ground
-from tricorn.planner.options import refuse_mistakes
+from tricorn.planner.options import decided, refuse_mistakes
 from tricorn.planner.prediction import Prediction, Rejected
 from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, predicted, search
@@ -85,15 +85,15 @@ def plan(
     """Predict every plan for a job, given as itself or as (file, name), and say which is best.
 
     ``cluster`` is a file that describes other machines; without it the plan is for this one. ``given`` are fields of
-    the plan that are settled. ``approximate`` allows plans whose updates are not those of one process: asynchronous,
-    compressed, local. What has to be measured, first of all the machine, takes some seconds and is kept on disk;
-    ``fresh`` measures anew, and ``told`` hears what is being measured.
+    the plan that are settled; ``auto`` leaves the strategy open. ``approximate`` allows plans whose updates are not
+    those of one process: asynchronous, compressed, local. What has to be measured, first of all the machine, takes some
+    seconds and is kept on disk; ``fresh`` measures anew, and ``told`` hears what is being measured.
 
     Raises UsageError for a job that cannot be loaded and a cluster file with mistakes, PlanError for ``given`` fields
     that no strategy has together, JobFailed for a job that cannot be measured.
     """
     where = clusters.of(cluster)
-    given = given or {}
+    given = decided(given or {})
     refuse_mistakes(given)
     with Survey(job, told=told, fresh=fresh) as survey:
         links = survey.links()

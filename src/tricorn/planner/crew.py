@@ -18,8 +18,9 @@ import msgspec
 
 from tricorn.comm.sockets import receive_exactly
 from tricorn.control import messages as m
+from tricorn.documents import UNREADABLE
 from tricorn.engine.forkserver import die_with_parent
-from tricorn.errors import PeerLost, TricornError, UserCodeError, in_words, users_line
+from tricorn.errors import PeerLost, ProtocolError, TricornError, UserCodeError, in_words, users_line
 
 
 class Line:
@@ -33,8 +34,14 @@ class Line:
         self._sock.sendall(m.HEADER.pack(len(payload)) + payload)
 
     def hear(self) -> Any:
-        """The next value. Raises UserCodeError for what the other end raised, PeerLost if it is gone."""
-        value = msgspec.json.decode(receive_exactly(self._sock, m.length(receive_exactly(self._sock, m.HEADER.size))))
+        """The next value. Raises UserCodeError for what the other end raised, PeerLost if it is gone, ProtocolError if
+        what it says cannot be read.
+        """
+        payload = receive_exactly(self._sock, m.length(receive_exactly(self._sock, m.HEADER.size)))
+        try:
+            value = msgspec.json.decode(payload)
+        except UNREADABLE as error:
+            raise ProtocolError(f"what a process that measures says cannot be read: {error}") from None
         if isinstance(value, dict) and "raised" in value:
             raise UserCodeError(value["raised"], where=value["where"])
         return value

@@ -66,7 +66,7 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
         said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
     said = [*disturbed(ground.busy), *said]
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
-        said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason}.")
+        said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason.rstrip('.')}.")
     return said
 
 
@@ -126,13 +126,14 @@ def _beside(chosen: Prediction, other: Prediction) -> str:
             f"{named(other.plan)} would take {seconds(other.seconds)} a step: {WORDS[term]} takes "
             f"{seconds(other.terms[term])} there, and {seconds(chosen.terms[term])} here."
         )
+    worse = []
+    if other.penalty > chosen.penalty:
+        worse.append(f"it would need {other.penalty:.2f} times the steps, and {chosen.penalty:.2f} here")
     if other.lost > chosen.lost:
-        return (
-            f"{named(other.plan)} would take {seconds(other.seconds)} a step, but failures would take {_share(other)} "
-            f"of its time, and {_share(chosen)} here."
-        )
-    return (
-        f"{named(other.plan)} would take {seconds(other.seconds)} a step, which is as good; the simpler one is taken."
+        worse.append(f"failures would take {_share(other)} of its time, and {_share(chosen)} here")
+    but = ", ".join(worse) if other.score > chosen.score else ""
+    return f"{named(other.plan)} would take {seconds(other.seconds)} a step, " + (
+        f"but {but}." if but else "which is as good; the simpler one is taken."
     )
 
 

@@ -17,6 +17,11 @@ from tricorn.plan import Plan, StrategyName
 STRATEGIES: tuple[StrategyName, ...] = ("dp", "ps", "mp", "ps+dp", "ps+mp")
 
 
+def decided(given: Mapping[str, object]) -> dict[str, Any]:
+    """What is given, without a strategy that ``auto`` leaves open."""
+    return {name: value for name, value in given.items() if (name, value) != ("strategy", "auto")}
+
+
 def settled(strategy: object, given: Mapping[str, object]) -> Plan:
     """The plainest plan of a strategy, with what is given. Raises PlanError for unknown names and wrong values."""
     plan = checked({"strategy": strategy, "servers": 1 if str(strategy).startswith("ps") else 0, **given})

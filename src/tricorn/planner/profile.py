@@ -23,6 +23,7 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int  # that it hands on
     kept_bytes: int  # that it keeps from forward to backward
     cut_after: bool  # whether a stage may end with it
+    together: int = 1  # for how many microbatches of so many samples its weight gradients are computed at a time
 
     @property
     def seconds(self) -> float:

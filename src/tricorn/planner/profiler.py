@@ -263,6 +263,7 @@ def _layers(job: Job, samples: int, line: Line) -> None:
                 "output_bytes": cost.handed_on,
                 "kept_bytes": cost.kept,
                 "cut_after": index + 1 in legal and cost.obstacle is None,
+                "together": cost.together,
             }
             for index, (block, cost) in enumerate(zip(found, costs, strict=True))
         ]

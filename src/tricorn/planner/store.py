@@ -18,12 +18,13 @@ from typing import TypeVar
 
 import msgspec
 
+from tricorn.documents import UNREADABLE
 from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
 
-FORMAT = 4  # of what is kept; what another one wrote is not read
+FORMAT = 5  # of what is kept; what another one wrote is not read
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ def _machine() -> tuple[str, ...]:
 
 
 def _load(path: Path, kind: type[T]) -> T | None:
-    with contextlib.suppress(OSError, msgspec.DecodeError):
+    with contextlib.suppress(*UNREADABLE):
         return msgspec.json.decode(path.read_bytes(), type=kind)
     return None
 

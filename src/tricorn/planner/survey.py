@@ -14,11 +14,10 @@ from typing import TypeVar
 
 import msgspec
 
-from tricorn import errors
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import receive
 from tricorn.engine.local import pickled
-from tricorn.errors import JobFailed, PeerLost, TricornError, UsageError
+from tricorn.errors import JobFailed, PeerLost, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.planner import load, orders, store
@@ -70,6 +69,8 @@ class Survey:
         kept = None if self._fresh else store.load_links()
         if kept is not None and self._good(kept.busy):
             return kept
+        if self._job is not None and self._kept is None:
+            self._load()  # first: its mistakes are told at once
         self._told("measuring this machine, which is done once")
         found = self._ask(orders.MeasureLinks(cores=self.cores), orders.LinksMeasured).links
         if kept is not None and kept.busy <= found.busy:
@@ -157,7 +158,7 @@ class Survey:
         theirs.close()
 
     def _load(self) -> None:
-        """Have the job loaded: only now, for what the machine needs does not need it."""
+        """Have the job loaded, once."""
         if self._sources is None:
             file, name = self._job if isinstance(self._job, tuple) else (None, "")
             order = orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
@@ -176,13 +177,6 @@ class Survey:
                 remedy="Look above for what it printed, or name a plan by --strategy, which needs no figures.",
             ) from None
         if isinstance(answer, m.Failed):
-            raise _raised(answer)
+            raise m.raised(answer, UsageError)
         assert isinstance(answer, kind)
         return answer
-
-
-def _raised(failed: m.Failed) -> TricornError:
-    kind = getattr(errors, failed.kind, UsageError)
-    kind = kind if isinstance(kind, type) and issubclass(kind, TricornError) else UsageError
-    error: TricornError = kind(failed.message, remedy=failed.remedy or None, where=failed.where)
-    return error

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from tricorn.comm.sockets import Address, connect, receive_exactly
+from tricorn.documents import UNREADABLE
 from tricorn.errors import PeerLost, ProtocolError
 from tricorn.ps.standing import client_tls
 from tricorn.ps.wire import HEADER, MAX_DOCUMENT, Header, Op
@@ -20,7 +21,8 @@ def ask(address: Address, secret: bytes, tls: Path | None = None) -> dict[str, A
             header = Header.unpack(receive_exactly(sock, HEADER.size))
             if header.op != Op.STATS or header.length > MAX_DOCUMENT:
                 raise ProtocolError(f"a reply of kind {header.op} came where statistics were due")
-            found: dict[str, Any] = msgspec.json.decode(receive_exactly(sock, header.length))
+            return msgspec.json.decode(receive_exactly(sock, header.length), type=dict[str, Any])
         except OSError as error:
             raise PeerLost(f"the server is lost: {error}") from None
-    return found
+        except UNREADABLE as error:
+            raise ProtocolError(f"the server's statistics cannot be read: {error}") from None

@@ -76,6 +76,7 @@ class Asynchronous(Mode):
         if request.op in (Op.PUSH, Op.PUSH_PULL):
             if request.step < 0 or not 0 <= request.version <= self.version:
                 raise ProtocolError(f"a push of step {request.step} from version {request.version} of {self.version}")
+            self._check_finite(request, request.numbers[:1])
             if request.op == Op.PUSH and request.step in self.applied:
                 return None
         return self._inbox(rank, request)
@@ -165,6 +166,9 @@ class Asynchronous(Mode):
         description = self.table.description
         gradients.check_finite(request.step, [spec.name for spec in description.sparse])
         self._check_unique(gradients)
+        if len(self.table.sparse) > 1:  # one judges itself
+            self.table.check_buckets(gradients)
+            self.table.check_room(gradients)
         age, factor = self.version - request.version, request.numbers[0]
         if description.stale == "scale":
             factor /= 1 + age

@@ -16,12 +16,12 @@ import msgspec
 from torch import Tensor
 
 from tricorn.comm.sockets import Address
-from tricorn.errors import Diverged, PeerLost, ProtocolError
+from tricorn.errors import Diverged, PeerLost, ProtocolError, TableFull
 from tricorn.ps.exchange import Exchange, Slice, lost_peers
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.table import Description
 from tricorn.ps.transport import dial
-from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, ROWS_ALONE, WANTED, Header, Op, as_bytes
+from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, ROWS_ALONE, VOID, WANTED, Header, Op, as_bytes
 
 if TYPE_CHECKING:
     import ssl
@@ -171,8 +171,9 @@ class Client:
         """Contribute gradient sums and five numbers to a step; returns when all workers have, on all servers.
 
         With local steps there may be no ``gradient_N``, and a sixth number is the count of rows where it is another.
-        ``bases``: by server, the oldest version that rows were read from, where that is not the step's own. Raises
-        Diverged, on every worker, if the gradient is not finite; it is applied nowhere.
+        ``bases``: by server, the oldest version that rows were read from, where that is not the step's own. Raises,
+        on every worker, Diverged if the gradient is not finite and TableFull if a server has no room for its rows; the
+        step is applied nowhere then.
         """
         self.finish_reading()
         bases = bases or [step] * len(self._wire.servers)
@@ -188,15 +189,23 @@ class Client:
         return _agreed(acks, step) if acks else None
 
     def pull_version(
-        self, version: int, weights_N: Tensor | None, wanted: Sequence[Wanted] = (), *, scale: float, factor: float
+        self,
+        version: int,
+        weights_N: Tensor | None,
+        wanted: Sequence[Wanted] = (),
+        *,
+        scale: float,
+        factor: float,
+        void: bool = False,
     ) -> None:
         """Receive the weights and rows of that version, having the servers apply the decided step before it.
 
-        The gradient is multiplied by ``scale``, every optimizer's rate by ``factor``. Without ``weights_N``, which is
-        for local steps, rows are received alone.
+        The gradient is multiplied by ``scale``, every optimizer's rate by ``factor``. A step for which ``push_sum`` has
+        raised is ``void``: the version has nothing of it, on any server. Without ``weights_N``, which is for local
+        steps, rows are received alone.
         """
         self.finish_reading()
-        flags = 0 if weights_N is not None else ROWS_ALONE
+        flags = VOID * void | (0 if weights_N is not None else ROWS_ALONE)
         self._wire.pull(Header(Op.PULL, version=version, flags=flags, numbers=(scale, factor)), weights_N, wanted)
         self._version = version
 
@@ -275,9 +284,21 @@ class Client:
         self.finish_reading()
         return self._wire.pull(Header(Op.PULL, flags=PEEK * peek), weights_N, wanted)
 
-    def version(self) -> int:
-        """The synchronous version that all servers have; waits until they know what they hold."""
-        return min(reply.version for reply in self._ask(Header(Op.STATUS, step=-1), Op.DONE))
+    def newest(self, weights_N: Tensor) -> int:
+        """The newest synchronous version, which all servers then have; waits until they know what they hold.
+
+        A client that was lost between its servers may have left some behind. The step that these lack is decided, so
+        they apply it, at the optimizers' own rate, or drop it, as the others did.
+        """
+        versions = [reply.version for reply in self._ask(Header(Op.STATUS, step=-1), Op.DONE)]
+        newest, void = max(versions), False
+        if min(versions) < newest:
+            try:
+                self.status(newest - 1)
+            except (Diverged, TableFull):
+                void = True
+            self.pull_version(newest, weights_N, scale=1.0, factor=1.0, void=void)
+        return newest
 
     def barrier(self) -> None:
         """Wait until every worker of this epoch has come to its barrier, or has left."""

@@ -6,7 +6,7 @@ Legend: n bytes of the dense part, m workers, s servers.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tricorn.planner.ground import CODING, ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, Served, stalls_of, stretched, waiting
@@ -26,26 +26,32 @@ SLOT_BYTES = 16  # of a row in a table's index
 ROW_ID = 8
 
 
+class Amounts(NamedTuple):
+    """Of each worker's update."""
+
+    samples: float
+    dense: float  # bytes
+    rows: float  # bytes of the different rows that the samples need
+    gradients: tuple[tuple[str, float], ...]  # encoding, and bytes before it: of the dense part, then of each table
+    passing: float  # bytes of weights, rows and gradients as they travel, on average of both ways
+
+
 def predict(plan: Plan, ground: Ground) -> Prediction:
     """Of one update. Raises KeyError where nothing like it was measured."""
     profile, m = ground.profile, plan.workers
     found, moved = _parts(plan, ground)
     terms = _agreed(plan, ground, found) if plan.synchronous else _clocked(plan, ground, found)
-    n, samples, row_bytes = _amounts(plan, ground)
+    amounts = _amounts(plan, ground)
     each = m if plan.synchronous else 1  # messages of a step
     return Prediction(
         plan=plan,
         terms=terms,
         scatter=combined((max(found.computing), found.scatter), (found.after[EXCHANGE], moved)),
         penalty=penalty(plan, profile),
-        memory=_memory(plan, ground, n, samples),
-        sent=each
-        * ((1 + ENCODED[plan.compress]) * n / plan.local_steps + 2 * row_bytes * (1 + ROW_ID / _row_width(ground))),
-        links={
-            ground.host(host).name: size
-            for host, size in _traffic(plan, ground, n / plan.local_steps, row_bytes).items()
-        },
-        notes=ground.notes("ps" if plan.synchronous else "asp", m, n),
+        memory=_memory(plan, ground, amounts),
+        sent=each * (2 * amounts.passing + amounts.rows * ROW_ID / _row_width(ground)),  # ids are told once
+        links={ground.host(host).name: size for host, size in _traffic(plan, ground, amounts).items()},
+        notes=ground.notes("ps" if plan.synchronous else "asp", m, amounts.dense),
     )
 
 
@@ -56,35 +62,42 @@ def parts(plan: Plan, ground: Ground) -> Parts:
 
 def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     """And the scatter of the exchange."""
-    n, samples, row_bytes = _amounts(plan, ground)
+    amounts = _amounts(plan, ground)
     m, way = plan.workers, "ps" if plan.synchronous else "asp"
-    taken, scatter = ground.computing(plan, samples, served=True)
-    all_rows = (m if plan.synchronous else 1) * row_bytes
+    taken, scatter = ground.computing(plan, amounts.samples, served=True)
     workers, servers = ground.places(plan)
     apart = len(ground.cluster.hosts) > 1
     slow, slow_servers = ground.slowest(workers), ground.slowest(servers if apart else workers)
-    alone, _ = _exchange(way, plan, ground, 1, n, row_bytes)
-    together, moved = _exchange(way, plan, ground, m, n, all_rows)
-    update = _update(plan, ground, n)
+    alone, _ = _exchange(way, plan, ground, 1, amounts)
+    together, moved = _exchange(way, plan, ground, m, amounts)
+    update = _update(plan, ground, amounts.dense)
     busy = together * slow_servers + update
     crowded = not apart and m + plan.servers > ground.cluster.cores
     if not plan.synchronous and crowded:  # servers take from workers what they need
         cores = min(m, ground.cluster.cores)
         busy = together * slow_servers + (update + sum(taken) / m) / cores
-    served = _served(plan, ground, n / plan.local_steps, row_bytes, busy)
+    served = _served(plan, ground, amounts.passing, busy)
     exchange = alone * slow
     if plan.synchronous:  # what others add is that the servers have more to do
         exchange = min(alone, together) * slow + max(0.0, together - alone) * slow_servers
     after = {UPDATE: update, EXCHANGE: exchange, WIRE: _wire(served, m if plan.synchronous else 1)}
-    loading = ground.loading(samples, max(taken))
+    loading = ground.loading(amounts.samples, max(taken))
     return Parts(computing=tuple(taken), scatter=scatter, loading=loading, after=after, served=served), moved
 
 
-def _amounts(plan: Plan, ground: Ground) -> tuple[float, float, float]:
-    """Bytes of the dense part, and of each worker's update its samples and the bytes of their rows."""
+def _amounts(plan: Plan, ground: Ground) -> Amounts:
     profile = ground.profile
     samples = profile.batch_size / (plan.workers if plan.synchronous else 1)
-    return float(profile.weight_bytes - profile.table_bytes), samples, _row_bytes(ground, samples)
+    n = float(profile.weight_bytes - profile.table_bytes)
+    by_table = [
+        (plan.compress_tables.get(table.name, plan.compress), table.ids(samples) * table.dim * profile.element_bytes)
+        for table in profile.tables
+    ]
+    rows = sum(size for _, size in by_table)
+    pushed = sum(ENCODED[how] * size for how, size in by_table)
+    passing = (n * (1 + ENCODED[plan.compress]) / plan.local_steps + rows + pushed) / 2
+    gradients = (plan.compress, n), *by_table
+    return Amounts(samples=samples, dense=n, rows=rows, gradients=gradients, passing=passing)
 
 
 def _agreed(plan: Plan, ground: Ground, found: Parts) -> dict[str, float]:
@@ -126,9 +139,10 @@ def penalty(plan: Plan, profile: Profile) -> float:
     return 1 + each * (plan.workers - 1)
 
 
-def _exchange(way: str, plan: Plan, ground: Ground, m: int, n: float, row_bytes: float) -> tuple[float, float]:
+def _exchange(way: str, plan: Plan, ground: Ground, m: int, amounts: Amounts) -> tuple[float, float]:
     """Seconds that m workers and servers exchange for in one update: the dense part, and rows; and the scatter."""
-    links, size = ground.links, max(n, 4.0)
+    links, n, size = ground.links, amounts.dense, max(amounts.dense, 4.0)
+    row_bytes = amounts.rows * (m if plan.synchronous else 1)
     dense, scatter = ground.exchanging(way, m, size)
     if plan.servers > 1:  # each of them has a part of every other worker's
         own, (many, _) = ground.exchanging(way, 1, size)[0], ground.exchanging(way, m, size / plan.servers)
@@ -144,7 +158,8 @@ def _exchange(way: str, plan: Plan, ground: Ground, m: int, n: float, row_bytes:
         scatter = max(scatter, scattered)
     if len(ground.cluster.hosts) > 1:  # over connections, and not through shared memory
         dense += links.seconds("tcp/send", 2, n + row_bytes) - links.seconds("shared/send", 2, n + row_bytes)
-    return max(dense, 1e-6) + CODING[plan.compress] * links.seconds("copy", 1, n), scatter
+    coding = sum(CODING[how] * links.seconds("copy", 1, each) for how, each in amounts.gradients)
+    return max(dense, 1e-6) + coding, scatter
 
 
 def _update(plan: Plan, ground: Ground, n: float) -> float:
@@ -154,11 +169,13 @@ def _update(plan: Plan, ground: Ground, n: float) -> float:
     return max(each * ground.slowness(host, count) for host, count in there.items())
 
 
-def _served(plan: Plan, ground: Ground, n: float, row_bytes: float, busy: float) -> Served:
-    """The host whose link the servers on it keep busiest, or that of a worker that it keeps busier."""
+def _served(plan: Plan, ground: Ground, size: float, busy: float) -> Served:
+    """The host whose link the servers on it keep busiest, or that of a worker that it keeps busier.
+
+    ``size``: bytes of a message.
+    """
     workers, servers = ground.places(plan)
     working, serving = Counter(workers), Counter(servers)
-    size = n * (1 + ENCODED[plan.compress]) / 2 + row_bytes  # of a message, on average of both ways
     fullest = Served(link=0.0, own=0.0, latency=0.0, remote=0, busy=busy)
     if len(ground.cluster.hosts) == 1:
         return fullest
@@ -183,20 +200,15 @@ def _wire(served: Served, together: int) -> float:
     return 2 * (max(served.link * min(together, served.remote), served.own) + served.latency)
 
 
-def _traffic(plan: Plan, ground: Ground, n: float, row_bytes: float) -> dict[int, float]:
-    """Bytes of one step over the link of each host that has servers, in one direction."""
+def _traffic(plan: Plan, ground: Ground, amounts: Amounts) -> dict[int, float]:
+    """Bytes of one step over the link of each host that has servers, in the direction of what is read."""
     if len(ground.cluster.hosts) == 1:
         return {}
     workers, servers = ground.places(plan)
     working = Counter(workers)
-    each = (n + row_bytes) / plan.servers / (1 if plan.synchronous else plan.workers)
+    read = amounts.dense / plan.local_steps + amounts.rows
+    each = read / plan.servers / (1 if plan.synchronous else plan.workers)
     return {host: each * count * (plan.workers - working[host]) for host, count in Counter(servers).items()}
-
-
-def _row_bytes(ground: Ground, samples: float) -> float:
-    """Bytes of the different rows that some samples need."""
-    width = ground.profile.element_bytes
-    return sum(table.ids(samples) * table.dim * width for table in ground.profile.tables)
 
 
 def _row_width(ground: Ground) -> float:
@@ -205,16 +217,16 @@ def _row_width(ground: Ground) -> float:
     return tables[0].dim * ground.profile.element_bytes if tables else 1.0
 
 
-def _memory(plan: Plan, ground: Ground, n: float, samples: float) -> dict[str, int]:
+def _memory(plan: Plan, ground: Ground, amounts: Amounts) -> dict[str, int]:
     """Peak resident bytes of a worker and of a server.
 
     A worker has the weights, those that come next, and gradients; from several servers weights come into memory of
     their own. A server has its part of the state, what each worker sends of a step, and, as each of several servers,
     what each worker has still to read; tables are copied to be saved as the dense part is.
     """
-    profile, s = ground.profile, plan.servers
+    profile, s, n = ground.profile, plan.servers, amounts.dense
     largest = min(profile.largest_bytes, n)
-    activations = (profile.kept_bytes + profile.input_bytes) * samples + 4 * _row_bytes(ground, samples)
+    activations = (profile.kept_bytes + profile.input_bytes) * amounts.samples + 4 * amounts.rows
     here = (3 if s == 1 else 4) * n + profile.buffer_bytes
     worker = ground.base("ps") + peak_bytes(here, 2 * largest + activations, 0, largest)
     rows = sum(table.rows * (table.dim * (1 + profile.slots) * profile.element_bytes + SLOT_BYTES)

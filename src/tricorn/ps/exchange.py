@@ -16,7 +16,7 @@ from tricorn.ps.blocks import ENCODINGS, Writer, aligned, codec_of
 from tricorn.ps.memory import SMALLEST
 from tricorn.ps.placement import bucket_stops
 from tricorn.ps.rows import RowGradients, Rows, Wanted
-from tricorn.ps.transport import Transport
+from tricorn.ps.transport import Transport, told
 from tricorn.ps.wire import ENCODING_SHIFT, IN_PLACE, ROWS_ALONE, Header, Op, as_bytes
 
 if TYPE_CHECKING:
@@ -51,16 +51,21 @@ class Exchange:
         self._views: dict[tuple[int, int, dtype], memoryview] = {}  # of small tensors, by address, elements and type
 
     def ask(self, headers: Sequence[Header], *expected: Op) -> list[Header]:
-        """Send a request without payload to each server; returns the replies."""
+        """Send a request without payload to each server; returns the replies, or raises as ``push``."""
         with lost_peers():
             for server, header in zip(self.servers, headers, strict=True):
                 server.send(header)
-            return [server.receive(*expected) for server in self.servers]
+            replies = [server.receive(*expected) for server in self.servers]
+            self._check_acks(replies)
+        return replies
 
     def push(
         self, headers: Sequence[Header], gradient_N: Tensor | None, rows: Sequence[RowGradients], reply: Op
     ) -> list[Header]:
-        """Send each server its part of the gradients, of rows alone without ``gradient_N``; returns the replies."""
+        """Send each server its part of the gradients, of rows alone without ``gradient_N``; returns the replies.
+
+        Raises, when all have replied, what an acknowledgement says against the step.
+        """
         self.rows.check(rows)
         with lost_peers():
             for index, header in enumerate(headers):
@@ -70,7 +75,14 @@ class Exchange:
                 self.rows.forget(index)
                 self._send_push(index, headers[index], gradient_N, rows, again=True)
                 replies[index] = self.servers[index].receive(reply)
+            self._check_acks(replies)
         return replies
+
+    def _check_acks(self, replies: Sequence[Header]) -> None:
+        acks = [(each, server) for each, server in zip(replies, self.servers, strict=True) if each.op == Op.ACK]
+        against = [told(ack, server.receive_into) for ack, server in acks if ack.length]
+        if against:
+            raise against[0]
 
     def pull(self, header: Header, weights_N: Tensor | None, wanted: Sequence[Wanted]) -> list[int]:
         """Have each server's part of the weights and rows brought where they belong; returns the versions."""

@@ -136,6 +136,8 @@ def _apply(
     bits = np.empty(1, np.int64)
     bits[0] = _read_word(raw, 24)
     rate = weights_S.dtype.type(-(lr * bits.view(np.float64)[0]))
+    if rate * zero != zero:
+        return False
     for s in range(len(grads_S)):
         weights_S[s] = fma(rate, grads_S[s], weights_S[s])
     log[count, _STEP] = step

@@ -127,7 +127,7 @@ class LocalTrainer(RoundTrainer):
         return outcome
 
     def _abandon(self) -> None:
-        self._lookups.end()
+        self._lookups.abandon()
 
     def _load(self, reader: CheckpointReader) -> None:
         state = self._state

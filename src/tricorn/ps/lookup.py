@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tricorn.errors import UsageError
 from tricorn.ps.lookup_modules import replace
 from tricorn.ps.lookup_sources import Ids, Source, trace, whole_numbers
 from tricorn.ps.rows import RowGradients, Wanted
@@ -121,7 +122,9 @@ class _Port:
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The rows [U, D] that some ids need, and for each id which of them it is, in the ids' shape."""
         if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids of embedding {self.table.name!r} are {ids.dtype}; give int64 or int32")
+            raise UsageError(
+                f"ids of embedding {self.table.name!r} are {ids.dtype}", remedy="Give int64 or int32 (ids.long())."
+            )
         ids_n = ids.detach().reshape(-1).numpy(force=True).astype(np.int64, copy=False)
         served = self._known(ids_n) or self._ask(ids_n)
         return served.reading.leaf(ids.device, self._learning), served.inverse_n.to(ids.device).view(ids.shape)
@@ -237,8 +240,13 @@ class Lookups:
         found = [gradients for port in self._ports if (gradients := port.gradients()) is not None]
         for port in self._ports:
             port.learn(self._tensors)
-            port.begin([], learning=False)
+        self.abandon()
         return found
+
+    def abandon(self) -> None:
+        """Let go of the rows. How far a forward came that broke off says nothing of where ids come from."""
+        for port in self._ports:
+            port.begin([], learning=False)
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

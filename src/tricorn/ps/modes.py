@@ -9,6 +9,7 @@ Legend: S elements of this server's dense slice; U ids of one sparse table; D el
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -121,6 +122,15 @@ class Mode(ABC):
         if not least <= request.length <= least + rows:
             due = f"{least} to {least + rows}" if rows else f"{least}"
             raise ProtocolError(f"a request {Op(request.op).name} of {request.length} bytes where {due} are due")
+
+    @staticmethod
+    def _check_finite(request: Header, numbers: Sequence[float]) -> None:
+        """Raise ProtocolError for rates or counts that would make every weight NaN."""
+        if not all(map(math.isfinite, numbers)):
+            raise ProtocolError(
+                f"a request {Op(request.op).name} with the numbers {tuple(numbers)}, which are not all finite",
+                remedy="Give finite numbers; a schedule may not return inf or nan.",
+            )
 
     def _dense_size(self, request: Header) -> int:
         if self._alone(request):

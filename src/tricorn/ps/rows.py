@@ -83,16 +83,13 @@ class Rows:
             if not 0 <= table < len(self.specs):
                 raise UsageError(f"there is no table {table}, only {len(self.specs)}")
             spec = self.specs[table]
-            if ids_U.dtype != torch.int64 or ids_U.dim() != 1 or not ids_U.is_contiguous() or not ids_U.is_cpu:
+            check_ids(spec.name, ids_U)
+            due, form = (len(ids_U), spec.dim), (rows_UD.dtype, rows_UD.shape, rows_UD.is_cpu, rows_UD.is_contiguous())
+            if form != (_dtype(spec), due, True, True):
                 raise UsageError(
-                    f"ids of table {spec.name!r} are {ids_U.dtype} of shape {tuple(ids_U.shape)} on {ids_U.device}",
-                    remedy="Give ids as a contiguous one-dimensional int64 tensor on the CPU (ids.long()).",
-                )
-            due = (len(ids_U), spec.dim)
-            if rows_UD.shape != due or rows_UD.dtype != _dtype(spec) or not rows_UD.is_contiguous():
-                raise UsageError(
-                    f"rows of table {spec.name!r} are {rows_UD.dtype} of shape {tuple(rows_UD.shape)}",
-                    remedy=f"Give a contiguous tensor of {spec.dtype} with the shape {due}.",
+                    f"rows of table {spec.name!r} are {rows_UD.dtype} of shape {tuple(rows_UD.shape)} on "
+                    f"{rows_UD.device}",
+                    remedy=f"Give a contiguous tensor of {spec.dtype} on the CPU with the shape {due}.",
                 )
             size += len(ids_U) * 8 + rows_UD.numel() * rows_UD.element_size()
             if len(ids_U) > MAX_IDS or size > MAX_ROWS:
@@ -192,6 +189,15 @@ class Rows:
         if split.order_U is None:
             return rows_UD
         return rows_UD[split.order_U[split.edges[server] : split.edges[server + 1]]]
+
+
+def check_ids(table: str, ids_U: Tensor) -> None:
+    """Raise UsageError for ids of a wrong type or shape."""
+    if ids_U.dtype != torch.int64 or ids_U.dim() != 1 or not ids_U.is_contiguous() or not ids_U.is_cpu:
+        raise UsageError(
+            f"ids of table {table!r} are {ids_U.dtype} of shape {tuple(ids_U.shape)} on {ids_U.device}",
+            remedy="Give ids as a contiguous one-dimensional int64 tensor on the CPU (ids.long()).",
+        )
 
 
 def _changes(tensor: Tensor) -> int:

@@ -63,6 +63,7 @@ class Service:
         self._barriers = 0  # that all have passed
         self._at_barrier: set[int] = set()
         self._left: set[int] = set()  # ranks that were here in this epoch
+        self._firsts = 0  # how often rank 0 has left
         self._between: set[int] = set()  # ranks whose next request has not begun
         self._open = False  # whether rank 0 of this epoch has said what is held
 
@@ -167,6 +168,7 @@ class Service:
         self._between.discard(rank)
         self._at_barrier.discard(rank)
         self._left.add(rank)
+        self._firsts += rank == 0
         if self._mode:
             self._mode.leave(rank)
 
@@ -189,8 +191,12 @@ class Service:
             elif request.op == Op.BARRIER:
                 yield from self._barrier(rank, request)
             else:
+                firsts = self._firsts
                 while not (self._open and self._mode and self._mode.ready(rank, request)):
-                    self._check_there(self._mode.awaited if self._mode else {0})
+                    if self._mode:
+                        self._check_there(self._mode.awaited)
+                    else:
+                        self._check_first(firsts)
                     yield None
                 mode = self._mode
                 if greeted is not mode:
@@ -210,6 +216,15 @@ class Service:
                     self._check_there(mode.awaited)
                     yield None
             self.changed = True
+
+    def _check_first(self, before: int) -> None:
+        """Raise PeerLost if rank 0 has left since, before it could say what is held. Its next life is waited for."""
+        assert self.beginning
+        if self.beginning.alone and self._firsts > before:
+            raise PeerLost(
+                "the client of rank 0 has left, and it had not said what is to be held",
+                remedy="Start it again; then connect again.",
+            )
 
     def _check_there(self, awaited: set[int]) -> None:
         """Raise PeerLost if somebody has left who is waited for, and whom nobody replaces."""
@@ -243,8 +258,9 @@ class Service:
             raise ProtocolError(f"a description of {request.length} bytes is over the limit of {MAX_DOCUMENT}")
         room = memoryview(bytearray(request.length))
         description = read_description(bytes((yield room) or room))
+        firsts = self._firsts
         while rank != 0 and not (self._open and self._mode):
-            self._check_there({0})
+            self._check_first(firsts)
             yield None
         if self._mode:
             if other := difference(self._mode.table.description, description):

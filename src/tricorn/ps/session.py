@@ -5,8 +5,10 @@ Legend: N elements of all dense parameters; U ids of one sparse table; D element
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Literal, TypeVar, get_args
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from tricorn.comm.lane import Handle, Lane
 from tricorn.comm.sockets import Address
-from tricorn.errors import UsageError
+from tricorn.errors import Diverged, TableFull, UsageError, form
 from tricorn.optim import Optimizer
 from tricorn.plan import Consistency, RowCompression
 from tricorn.ps import memory, unfit_encoding
@@ -25,10 +27,10 @@ from tricorn.ps.access import Access, read
 from tricorn.ps.blocks import ENCODINGS
 from tricorn.ps.client import Client
 from tricorn.ps.placement import bucket_ranges, place
-from tricorn.ps.rows import RowGradients, Wanted
+from tricorn.ps.rows import RowGradients, Wanted, check_ids
 from tricorn.ps.sparse.spec import TableSpec
 from tricorn.ps.standing import EPOCH, client_tls
-from tricorn.ps.table import Description
+from tricorn.ps.table import Description, is_finite
 from tricorn.state.flat import layout
 from tricorn.table import Table
 
@@ -60,9 +62,11 @@ class Session:
     same shapes, from which ``push`` sends; where a server is on this host it reads them in place. So both belong to
     the servers until the ticket of the request was waited for, and so do the ids and gradients of rows.
 
-    A ticket raises PeerLost when a server is lost, or a client whose gradients a synchronous step waits for, and what a
-    server says: ProtocolError for another declaration, Diverged for a gradient that is not finite (nothing is changed
-    by it), TableFull at a limit of memory.
+    What is asked for is judged before anything is sent: UsageError for what cannot be, Diverged for a gradient that is
+    not finite. A ticket raises PeerLost when a server is lost, or a client whose gradients a synchronous step waits
+    for, ProtocolError for what does not fit the servers, and TableFull at a limit of memory. In a synchronous step all
+    clients are told of it, it changes nothing, and the next one may follow. Otherwise the servers that did not say so
+    have applied their part of the push, and the client has to connect again.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Session:
         It waits where the consistency says so: synchronous, for the gradients of all clients; ``ssp``, for clients
         that are more than ``staleness`` clocks behind.
         """
-        wanted, rows = self._wanted(ids or {})
+        wanted, rows = self._wanted(ids)
         return Ticket(self._lane, lambda: self._pull(wanted, rows))
 
     def push(
@@ -108,7 +112,7 @@ class Session:
         ``factor`` multiplies every optimizer's rate. Synchronous: gradients are means over ``count`` samples, and
         the mean over all clients' samples is applied by the next ``pull``.
         """
-        gradients = self._row_gradients(rows or {})
+        gradients = self._judged(rows, factor, count)
         self._clock += 1
         clock = self._clock
         return Ticket(self._lane, lambda: self._push(gradients, clock, factor, count))
@@ -122,7 +126,7 @@ class Session:
         count: int = 1,
     ) -> Ticket[dict[str, Tensor]]:
         """``push`` and ``pull``, where possible in one round trip."""
-        gradients, (wanted, read) = self._row_gradients(rows or {}), self._wanted(ids or {})
+        gradients, (wanted, read) = self._judged(rows, factor, count), self._wanted(ids)
         self._clock += 1
         clock = self._clock
 
@@ -174,22 +178,44 @@ class Session:
         if count != 1:
             self._grads_N.mul_(count)
             rows = [row._replace(grads_UD=row.grads_UD * count) for row in rows]
-        self._client.push_sum(self._version, (0.0, count, count, 0, 0), self._grads_N, rows)
+        try:
+            self._client.push_sum(self._version, (0.0, count, count, 0, 0), self._grads_N, rows)
+        except (Diverged, TableFull):  # all clients are told the same, and do the same
+            self._version += 1
+            self._client.pull_version(self._version, self._weights_N, scale=1.0, factor=1.0, void=True)
+            raise
         self._version += 1
         self._factor = factor
 
-    def _wanted(self, ids: Mapping[str, Tensor]) -> tuple[list[Wanted], dict[str, Tensor]]:
+    def _wanted(self, ids: Mapping[str, Tensor] | None) -> tuple[list[Wanted], dict[str, Tensor]]:
         wanted, rows = [], {}
-        for name, ids_U in ids.items():
+        for name, ids_U in _by_table(ids).items():
             index, spec = self._known(name, ids_U)
             rows[name] = torch.empty(len(ids_U), spec.dim, dtype=getattr(torch, spec.dtype))
             wanted.append(Wanted(index, ids_U, rows[name]))
         self._client.check(wanted)
         return wanted, rows
 
-    def _row_gradients(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> list[RowGradients]:
-        gradients = [RowGradients(self._known(name, ids_U)[0], ids_U, grads) for name, (ids_U, grads) in rows.items()]
+    def _judged(
+        self, rows: Mapping[str, tuple[Tensor, Tensor]] | None, factor: float, count: int
+    ) -> list[RowGradients]:
+        """The gradients of rows. Raises UsageError, and Diverged if these or the dense ones are not finite."""
+        _check_number("factor", factor, -math.inf)
+        _check_number("count", count, 0)
+        gradients, judged = [], {"the dense parameters": self._grads_N}
+        for name, pair in _by_table(rows).items():
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor):
+                raise UsageError(
+                    f"the gradients of table {name!r} are {form(pair)}",
+                    remedy="Give two tensors: (ids, gradients of their rows).",
+                )
+            ids_U, grads_UD = pair
+            gradients.append(RowGradients(self._known(name, ids_U)[0], ids_U, grads_UD))
+            judged[f"table {name!r}"] = grads_UD
         self._client.check(gradients)
+        for what, grads in judged.items():
+            if not is_finite(grads):
+                raise Diverged(f"the gradient of {what} is not finite; it was not sent")
         return gradients
 
     def _known(self, name: str, ids_U: Tensor) -> tuple[int, TableSpec]:
@@ -199,14 +225,14 @@ class Session:
             raise UsageError(
                 f"ids of table {name!r} are a {type(ids_U).__name__}", remedy="Give a one-dimensional int64 tensor."
             )
-        if ids_U.dtype == torch.int64 and ids_U.dim() == 1:
-            from tricorn.ps.sparse.ids import unique
+        check_ids(name, ids_U)
+        from tricorn.ps.sparse.ids import unique
 
-            if len(unique(ids_U.numpy(force=True))[0]) < len(ids_U):
-                raise UsageError(
-                    f"ids of table {name!r} come twice",
-                    remedy="Give each once (torch.unique), with the sum of its gradients.",
-                )
+        if len(unique(ids_U.numpy(force=True))[0]) < len(ids_U):
+            raise UsageError(
+                f"ids of table {name!r} come twice",
+                remedy="Give each once (torch.unique), with the sum of its gradients.",
+            )
         return known
 
     def _table(self, name: str) -> tuple[int, TableSpec]:
@@ -284,7 +310,8 @@ def connect(
         flat = [tensor.reshape(-1) for tensor in entries.values()]
         client.create(descriptions, lambda: torch.cat(flat) if flat else torch.zeros(0, dtype=dtype))
         synchronous = consistency == "bsp"
-        version = client.version() if synchronous else 0
+        count = sum(tensor.numel() for tensor in flat)
+        version = client.newest(torch.empty(count, dtype=dtype)) if synchronous else 0
         if not synchronous:
             client.idle()
     except BaseException:
@@ -315,6 +342,21 @@ def _check_encodings(compress: str, by_table: Mapping[str, str], tables: Sequenc
             raise UsageError(f"there is no encoding {given!r}", remedy=f"Give one of {', '.join(possible)}.")
     if wrong := unfit_encoding(compress, by_table, tables):
         raise UsageError(wrong[0], remedy=f"{wrong[1][0].upper()}{wrong[1][1:]}.")
+
+
+def _check_number(name: str, value: object, least: float) -> None:
+    """Raise UsageError unless it is a finite number, not below ``least``."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < least:
+        raise UsageError(f"{name} is {value!r}", remedy=f"Give a finite number{', 0 or more' * (least == 0)}.")
+
+
+def _by_table(given: Mapping[str, T] | None) -> Mapping[str, T]:
+    """What is given, {} for nothing. Raises UsageError for what has no names of tables."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"rows come as {form(given)}, not by table", remedy="Give a dict with the names of tables.")
+    return given
 
 
 def _views(flat_N: Tensor, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,14 +61,17 @@ def welcome(server: Server, workers: int) -> None:
 
 
 @contextmanager
-def serving(count: int = 1, *, workers: int = 1, tls: SSLContext | None = None) -> Iterator[Access]:
+def serving(
+    count: int = 1, *, workers: int = 1, memory_limit: int | None = None, tls: SSLContext | None = None
+) -> Iterator[Access]:
     """Servers as threads of this process, for as long as the context lasts; yields how to reach them.
 
-    ``workers``: how many clients there will be, with ranks 0 to ``workers`` - 1.
+    ``workers``: how many clients there will be, with ranks 0 to ``workers`` - 1. ``memory_limit``: the bytes that the
+    rows of tables may take on each server.
     """
     secret = new_secret()
     with ExitStack() as stack:
-        servers = [new_server(secret, "127.0.0.1", 0, tls=tls) for _ in range(count)]
+        servers = [new_server(secret, "127.0.0.1", 0, memory_limit=memory_limit, tls=tls) for _ in range(count)]
         for index, server in enumerate(servers):
             thread = threading.Thread(target=server.serve_forever, name=f"tricorn-server-{index}")
             thread.start()

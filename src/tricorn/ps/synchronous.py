@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tricorn.errors import Diverged, ProtocolError, TricornError
+from tricorn.errors import Diverged, ProtocolError, TableFull, TricornError
 from tricorn.ps.blocks import Ids
 from tricorn.ps.consistency import Bsp, Verdict, row_bound
 from tricorn.ps.modes import Mode, Outlet
 from tricorn.ps.table import Gradients, Table
-from tricorn.ps.wire import PEEK, Header, Op
+from tricorn.ps.wire import PEEK, VOID, Header, Op, encode_error
 from tricorn.state.gradient import squared_norm
 
 
@@ -40,7 +40,7 @@ class Synchronous(Mode):
         self._mean: Gradients | None = None  # of the complete step
         self._waiting: set[int] = set()  # ranks whose push of that step has no answer yet
         self._statuses: dict[int, tuple[float, ...]] = {}
-        self._acks: dict[int, Header] = {}  # of the last two complete steps, in their order
+        self._acks: dict[int, tuple[Header, bytes]] = {}  # of the last two complete steps, in their order
         self._failure: TricornError | None = None  # why the complete step cannot be applied
 
     def steps(self) -> list[int]:
@@ -55,9 +55,8 @@ class Synchronous(Mode):
         self._sums.clear()
         self._waiting.clear()
         self._kept.clear()
-        self._failure = None
         if not self._bsp.complete:
-            self._mean = None
+            self._mean = self._failure = None
         # A pending mean lies in the inbox of rank 0, or in memory of its own.
         self._inboxes = {key: inbox for key, inbox in self._inboxes.items() if key[0] < workers}
 
@@ -66,6 +65,10 @@ class Synchronous(Mode):
 
     def room(self, rank: int, request: Header) -> memoryview | None:
         self._check_length(request)
+        if request.op == Op.PULL:
+            self._check_finite(request, request.numbers[:2])
+        if request.op == Op.PUSH:
+            self._check_finite(request, request.numbers[1:])  # the loss comes first: workers judge it
         if request.op == Op.PUSH and self._bsp.judge(request.step, rank) is not Verdict.TAKE:
             return None
         return self._inbox(rank, request)
@@ -90,8 +93,10 @@ class Synchronous(Mode):
             case Op.ROWS:
                 self._read_rows(rank, request, payload)
             case Op.STATUS:
-                ack = self._acks.get(request.step)
-                self._outlet.send(rank, ack or Header(Op.DONE, version=self._bsp.version))
+                if request.step in self._acks:
+                    self._acknowledge(rank, request.step)
+                else:
+                    self._outlet.send(rank, Header(Op.DONE, version=self._bsp.version))
             case Op.SNAPSHOT:
                 if rank != 0 or request.step != self._bsp.version or not self._whole:
                     raise ProtocolError(f"rank {rank} wants a snapshot of step {request.step}, not {self._bsp.version}")
@@ -104,6 +109,7 @@ class Synchronous(Mode):
         if self._bsp.judge(request.step, rank) is Verdict.TAKE:
             (blocks,) = self._blocks(rank, payload, self._dense_size(request), True)
             gradients = self._gradients(request, payload, blocks)
+            self.table.check_buckets(gradients)
             if any(len(other.dense_S) != len(gradients.dense_S) for other in self._sums.values()):
                 raise ProtocolError(f"step {request.step} with a dense part from some workers and without from others")
             self._sums[rank] = gradients
@@ -114,7 +120,7 @@ class Synchronous(Mode):
             if self._bsp.contribute(request.step, rank):
                 self._complete(request.step)
         elif request.step in self._acks:
-            self._outlet.send(rank, self._acks[request.step])
+            self._acknowledge(rank, request.step)
         else:
             raise ProtocolError(f"step {request.step} is in the weights since before this server began")
 
@@ -124,29 +130,45 @@ class Synchronous(Mode):
         self._mean = mean([self._sums[rank] for rank in ranks], status[1], status[5] or status[1])
         self._sums.clear()
         norm = sum(squared_norm(flat) for flat in self._mean.flats())
+        self._failure = self._unfit(step, self._mean, norm)
+        # Whether a gradient is finite, workers see by the norm; of room each server only knows its own.
+        against = encode_error(self._failure) if isinstance(self._failure, TableFull) else b""
         ack = Header(Op.ACK, step=step, version=step, numbers=(*status[:5], norm))
-        self._acks = dict([*self._acks.items()][-1:]) | {step: ack}
+        self._acks = dict([*self._acks.items()][-1:]) | {step: (ack, against)}
         for rank in self._waiting:
-            self._outlet.send(rank, ack)
+            self._acknowledge(rank, step)
         self._waiting.clear()
+
+    def _unfit(self, step: int, mean: Gradients, norm: float) -> Diverged | TableFull | None:
+        if not math.isfinite(norm):
+            return Diverged(f"the gradient of step {step} is not finite")
+        try:
+            self.table.check_room(mean)
+        except TableFull as error:
+            return error
+        return None
+
+    def _acknowledge(self, rank: int, step: int) -> None:
+        ack, against = self._acks[step]
+        self._outlet.send(rank, ack, [memoryview(against)] if against else ())
 
     def _pull(self, rank: int, request: Header, payload: memoryview) -> None:
         if self._bsp.pull(request.version):
-            if self._failure:
-                raise self._failure
-            try:
-                self._apply(request)
-            except TricornError as error:
-                self._failure = error
-                raise
+            if not request.flags & VOID:
+                try:
+                    self._apply(request)
+                except TricornError as error:
+                    self._failure = error
+                    raise
+            self._mean = self._failure = None
+            self._bsp.advance()
         (blocks,) = self._blocks(rank, payload, 0, False)
         self._answer_read(rank, request, blocks, request.version)
 
     def _apply(self, request: Header) -> None:
         scale, factor = request.numbers[:2]
-        step = request.version - 1
-        if not math.isfinite(self._acks[step].numbers[5]):
-            raise Diverged(f"the gradient of step {step} is not finite")
+        if self._failure:
+            raise self._failure
         assert self._mean
         self._outlet.before_update()
         if scale != 1.0:
@@ -154,8 +176,6 @@ class Synchronous(Mode):
                 flat.mul_(scale)
         self.table.update(self._mean, step=request.version, factor=factor)
         self._whole = self._has_dense(self._mean)
-        self._mean = None
-        self._bsp.advance()
 
     def _has_dense(self, gradients: Gradients) -> bool:
         return len(gradients.dense_S) == self._dense_count

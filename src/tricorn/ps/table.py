@@ -140,6 +140,12 @@ def _divided(limit: int, specs: Sequence[TableSpec]) -> list[int]:
     return parts
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is."""
+    # A sum is not finite if an element is not, and takes half the time; it may also just be too large.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
 class Gradients(NamedTuple):
     """Of what a server holds: the dense slice (S); for each sparse table ids (U) and their rows' gradients (U, D)."""
 
@@ -159,8 +165,7 @@ class Gradients(NamedTuple):
         if len(names) > 1:
             judged += zip(names, self.flats()[1:], strict=True)
         for name, grad in judged:
-            # A sum is not finite if an element is not, and takes half the time; it may also just be too large.
-            if not math.isfinite(grad.sum().item()) and not torch.isfinite(grad).all():
+            if not is_finite(grad):
                 raise Diverged(f"the gradient of {name} is not finite in step {step}")
 
 
@@ -228,14 +233,22 @@ class Table:
         for chunk in read_rows(reader, spec.name, spec.dim, slots, getattr(torch, spec.dtype)):
             table.load(Rows(*chunk))
 
+    def check_buckets(self, gradients: Gradients) -> None:
+        """Raise ProtocolError for rows that are another server's."""
+        for table, (ids_U, _) in zip(self.sparse, gradients.rows, strict=True):
+            table.check_buckets(ids_U)
+
+    def check_room(self, gradients: Gradients) -> None:
+        """Raise TableFull if there is no room for these rows, of which each table has an id once."""
+        for table, (ids_U, _) in zip(self.sparse, gradients.rows, strict=True):
+            table.check_room(ids_U)
+
     def update(self, gradients: Gradients, *, step: int, factor: float) -> None:
         """Apply gradients as update number ``step``, from 1; they are used up.
 
-        Every optimizer's rate is multiplied by ``factor``. Raises Diverged and TableFull before anything is changed.
+        Every optimizer's rate is multiplied by ``factor``. Raises Diverged, ProtocolError and TableFull; before
+        anything is changed if there is one sparse table, or all were checked before.
         """
-        if len(self.sparse) > 1:  # one judges itself
-            for table, (ids_U, _) in zip(self.sparse, gradients.rows, strict=True):
-                table.check(ids_U)
         for table, (ids_U, grads_UD) in zip(self.sparse, gradients.rows, strict=True):
             if len(ids_U):
                 table.update(ids_U, grads_UD.numpy(), step=step, lr=table.spec.optimizer.lr * factor)

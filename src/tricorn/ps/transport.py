@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tricorn.comm.sockets import Address, connect, receive_exactly
-from tricorn.errors import PeerLost, ProtocolError
+from tricorn.errors import PeerLost, ProtocolError, TricornError
 from tricorn.ps.wire import HEADER, MAX_ERROR, MOST_PARTS, Header, Op, decode_error, unsent
 
 SHARED, REFUSED = b"\1", b"\0"  # what a server says to a segment that a worker offers
@@ -100,11 +100,16 @@ def judged(header: Header, expected: Sequence[Op], receive_into: Callable[[memor
         return header
     if header.op != Op.ERROR:
         raise ProtocolError(f"a reply of kind {header.op} came where {expected[0].name} was due")
+    raise told(header, receive_into)
+
+
+def told(header: Header, receive_into: Callable[[memoryview], None]) -> TricornError:
+    """The error in the payload of a reply. Raises ProtocolError for one that is too long."""
     if header.length > MAX_ERROR:
-        raise ProtocolError(f"an error frame of {header.length} bytes is over the limit of {MAX_ERROR}")
+        raise ProtocolError(f"an error of {header.length} bytes is over the limit of {MAX_ERROR}")
     payload = bytearray(header.length)
     receive_into(memoryview(payload))
-    raise decode_error(bytes(payload))
+    return decode_error(bytes(payload))
 
 
 class TcpTransport:

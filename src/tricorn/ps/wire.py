@@ -30,6 +30,7 @@ IN_PLACE = 2  # flag of PULL, ROWS and PUSH_PULL: the worker reads the server's 
 ANY_AGE = 1  # flag of PUSH and PUSH_PULL: not to be refused as too old
 DUPLICATE = 4  # flag of PUSHED, and of WEIGHTS after a PUSH_PULL: the step was in the weights already
 REFUSED = 8  # likewise: too old, and not in the weights
+VOID = 4  # flag of a synchronous PULL: the step before is applied nowhere
 ROWS_ALONE = 8  # flag of PUSH and PULL in local steps: the dense part stays out of it
 WANTED = 1  # flag of CREATED: the server waits for the initial weights
 ENCODING_SHIFT = 4  # of the dense gradient's encoding in the flags of PUSH and PUSH_PULL

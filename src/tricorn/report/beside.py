@@ -67,7 +67,7 @@ def _bytes(run: Run, summary: Summary) -> str:
         return ""
     said = f"Roles sent each other {size(summary.bytes_sent / summary.launch_steps)} a step"
     said += f", predicted {size(run.foreseen.sent)}." if run.foreseen is not None else "."
-    lost = " What a lost role sent is not counted." if summary.restarts else ""
+    lost = " What a lost role sent is not counted." if run.events and run.events[-1].loss else ""
     return f"<p>{escape(said)}{lost}</p>"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import chain, pairwise
 from math import ceil, floor, log10
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Bar(NamedTuple):
 def line(points: Sequence[Point], *, x: str, y: str, marks: Sequence[Mark] = (), steps: bool = False) -> str:
     """One line over numbered axes named ``x`` and ``y``. Values too large to draw are left out.
 
-    ``steps``: whether the points stay as they are, each going on until the next, instead of being averaged.
+    ``steps``: whether a value holds until the next, so that it is neither averaged nor joined to that by a slope.
     """
     points = [point for point in points if abs(point[1]) < LARGEST]
     if not points:
@@ -59,7 +60,7 @@ def line(points: Sequence[Point], *, x: str, y: str, marks: Sequence[Mark] = (),
             f'<line class="{"bad" if mark.bad else "mark"}" x1="{at(mark.x)}" x2="{at(mark.x)}" y1="{TOP}" '
             f'y2="{HEIGHT - BOTTOM}"><title>{escape(mark.text)}</title></line>'
         )
-    drawn = [(t.x, t.last if steps else t.mean) for t in thin]
+    drawn = _stairs([(t.x, t.last) for t in thin]) if steps else [(t.x, t.mean) for t in thin]
     parts.append(f'<polyline class="line" points="{" ".join(f"{at(a)},{above(b)}" for a, b in drawn)}"/>')
     if len(drawn) == 1:
         parts.append(f'<circle class="dot" cx="{at(drawn[0][0])}" cy="{above(drawn[0][1])}" r="3"/>')
@@ -110,6 +111,12 @@ def _thinned(points: Sequence[Point]) -> list[_Thin]:
         mean = sum(values) / len(values)
         found.append(_Thin(some[-1][0], min(values), mean, max(values), values[-1]))
     return found
+
+
+def _stairs(points: Sequence[Point]) -> list[Point]:
+    """Each value as it is until the next."""
+    corners = [(after[0], before[1]) for before, after in pairwise(points)]
+    return [points[0], *chain.from_iterable(zip(corners, points[1:], strict=True))]
 
 
 def _span(values: Sequence[float]) -> Point:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import Any, TextIO
 
 from tricorn.errors import Interrupted, TricornError
@@ -13,6 +15,14 @@ def show(error: TricornError, stream: TextIO) -> None:
     parts = zip(labels, (str(error), error.where, error.remedy), strict=True)
     stream.write("\n" + "".join(f"{label}{text}\n" for label, text in parts if text))
     stream.flush()
+
+
+def located(remedy: str, run: str, *, python: bool) -> str:
+    """The remedy with the run's folder where it says RUN; ``python``: for who started the run from Python."""
+    resume = f"tricorn.train(job, resume={run!r})" if python else f"tricorn train --resume {shlex.quote(run)}"
+    words = {"RUN": shlex.quote(run), "tricorn train --resume RUN": resume}
+    # In one go, because the folder's own name may have RUN in it.
+    return re.sub(r"(tricorn train --resume )?\bRUN\b", lambda found: words[found[0]], remedy)
 
 
 def as_json(error: TricornError) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tricorn.data.order import steps_per_epoch
 from tricorn.planner.explain import WORDS, named, seconds, size
 from tricorn.report.beside import beside
 from tricorn.report.charts import Bar, Mark, Point, bars, line, table
+from tricorn.report.failure import located
 from tricorn.report.progress import duration
 from tricorn.report.reading import Event, Run
 from tricorn.report.style import STYLE
@@ -29,7 +30,7 @@ def html(run: Run) -> str:
         _samples(run), _declared(run),
     ]  # fmt: skip
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(run.folder.name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
     )
@@ -42,11 +43,11 @@ def _head(run: Run) -> str:
         ended, kind = "ended without a word: it was killed, or its machine was lost; it can be resumed", "wrong"
     else:
         ended, kind = _ENDS.get(run.summary.outcome, (run.summary.outcome, ""))
-    said = [f"<h1>{escape(run.name)}</h1>", f'<p><b class="{kind}">{escape(ended)}</b></p>']
+    said = [f"<h1>{escape(run.folder.name)}</h1>", f'<p><b class="{kind}">{escape(ended)}</b></p>']
     said.append(f"<p>{escape(run.job.name)} with {escape(named(run.plan))}</p>")
     if run.summary is not None and run.summary.error is not None:
         error = run.summary.error
-        remedy = error.remedy.replace("RUN", run.name)
+        remedy = located(error.remedy, str(run.folder), python=run.job.file is None)
         told = [error.message, error.where and f"where: {error.where}", remedy and f"what to do: {remedy}"]
         said.append(f'<div class="box">{escape(chr(10).join(part for part in told if part))}</div>')
     if run.problems:
@@ -85,7 +86,7 @@ def _learning(run: Run) -> str:
     names = list(dict.fromkeys(name for values in run.evaluations.values() for name in values))
     for name in names:
         points = _points(run, name)
-        said.append(line(points, x="step", y=f"held out: {name}", steps=True))
+        said.append(line(points, x="step", y=f"held out: {name}"))
     said.append("</div>")
     if missing := sum(value is None for value in run.losses.values()):
         said.append(f'<p class="wrong">{missing:,} losses are not finite, and are not drawn.</p>')
@@ -107,12 +108,12 @@ def _timeline(run: Run) -> str:
     if not run.done:
         return "" if not run.events else "<h2>What happened</h2>" + _happened(run.events, run.events[0].time)
     began = run.events[0].time if run.events else run.done[0][0]
-    marks = [Mark(event.time - began, event.text, _bad(event)) for event in run.events]
+    marks = [Mark(event.time - began, event.text, event.loss) for event in run.events]
     drawn = [
         line([(at - began, float(step)) for at, step in run.done], x="seconds", y="steps done", marks=marks, steps=True)
     ]
     if len(paces := _paces(run.done)) > 1:
-        drawn.append(line(paces, x="step", y="steps a second", steps=True))
+        drawn.append(line(paces, x="step", y="steps a second"))
     return f'<h2>What happened</h2>\n<div class="charts">{"".join(drawn)}</div>' + _happened(run.events, began)
 
 
@@ -127,10 +128,6 @@ def _happened(events: Sequence[Event], began: float) -> str:
     left = len(events) - len(rows)
     more = f"<p>And {left:,} more.</p>" if left else ""
     return table(("after", "steps done", "membership epoch", "what happened", "no step for"), rows) + more
-
-
-def _bad(event: Event) -> bool:
-    return not event.text.startswith("the coordinator begins")
 
 
 def _paces(done: Sequence[tuple[float, int]]) -> list[Point]:

@@ -12,6 +12,8 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from tricorn.control.ledger import Ledger
+from tricorn.data.order import steps_per_epoch
+from tricorn.documents import UNREADABLE
 from tricorn.engine.base import JobFacts
 from tricorn.errors import UsageError
 from tricorn.plan import Plan
@@ -20,7 +22,6 @@ from tricorn.planner.prediction import Prediction
 
 LONGEST = 1 << 20  # bytes of a line of metrics: whatever is longer was not written by a run
 _T = TypeVar("_T")
-_UNREADABLE = (OSError, msgspec.DecodeError, UnicodeDecodeError)
 _Step = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
@@ -96,6 +97,11 @@ class Event:
     text: str
     stood: float | None = None
 
+    @property
+    def loss(self) -> bool:
+        """Whether something was lost; otherwise the run was launched."""
+        return not self.text.startswith("the coordinator begins")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -109,13 +115,13 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that is known of a run. ``problems``: what of it could not be read, a sentence each.
+    """All that is known of the run in a folder. ``problems``: what of it could not be read, a sentence each.
 
     ``losses`` and ``evaluations`` are by step, of a step done again the last; ``done`` are (seconds, step) in the order
     of time. ``live`` if it goes on just now. ``summary`` is None until the newest launch has ended.
     """
 
-    name: str
+    folder: Path
     job: JobFacts
     plan: Plan
     live: bool = False
@@ -140,13 +146,11 @@ def read(folder: Path) -> Run:
         raise UsageError(f"job.json or plan.json of {folder} is damaged", remedy="Restore it, or name another run.")
     live = _live(folder)
     lines = _lines(folder / "metrics.jsonl", problems)
-    summary = _optional(folder / "summary.json", Summary, problems)
-    samples = _samples(folder / "ledger.sqlite", summary.outcome if summary and not live else "", problems)
-    if live or (summary and samples and samples.restarts > summary.restarts):
-        summary = None  # of an earlier launch
+    summary = None if live else _optional(folder / "summary.json", Summary, problems)
+    samples, summary = _samples(folder / "ledger.sqlite", summary, problems)
     shares = [line.shares for line in lines if line.shares]
     return Run(
-        name=folder.name, job=job, plan=plan, live=live, summary=summary,
+        folder=folder, job=job, plan=plan, live=live, summary=summary,
         foreseen=_optional(folder / "predicted.json", Foreseen, problems),
         losses={line.step: line.loss for line in lines if not isinstance(line.loss, msgspec.UnsetType)},
         evaluations={line.step: line.evaluation for line in lines if line.evaluation is not None},
@@ -162,7 +166,7 @@ def read(folder: Path) -> Run:
 def _needed(path: Path, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UsageError(
             f"{path} cannot be read, and without it nothing can be said of the run: {error}",
             remedy="Restore the file, or name another run.",
@@ -174,7 +178,7 @@ def _optional(path: Path, kind: type[_T], problems: list[str]) -> _T | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None  # a run that has not ended has no summary, one that was not predicted no prediction
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return None
 
@@ -187,7 +191,7 @@ def _lines(path: Path, problems: list[str]) -> list[_Line]:
             while line := file.readline(LONGEST):
                 try:
                     found.append(decode(line))
-                except (msgspec.DecodeError, UnicodeDecodeError):
+                except UNREADABLE:
                     damaged += 1
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error}")
@@ -209,18 +213,25 @@ def _events(lines: list[_Line]) -> list[Event]:
     return found
 
 
-def _samples(path: Path, outcome: str, problems: list[str]) -> Samples | None:
+def _samples(path: Path, summary: Summary | None, problems: list[str]) -> tuple[Samples | None, Summary | None]:
+    """What the ledger proves, and the summary unless it is that of an earlier launch."""
     try:
         with Ledger(path) as ledger:
-            return Samples(
-                committed=len(ledger.committed()), undone=ledger.undone(), restarts=ledger.restarts(),
-                exactly_once=ledger.exactly_once(complete=outcome == "done"),
+            order, restarts = ledger.order, ledger.restarts()
+            total = order.epochs * steps_per_epoch(order.samples, order.batch_size)
+            if summary and (summary.restarts, summary.total_steps) != (restarts, total):
+                summary = None
+            done = summary is not None and summary.outcome == "done"
+            samples = Samples(
+                committed=len(ledger.committed()), undone=ledger.undone(), restarts=restarts,
+                exactly_once=ledger.exactly_once(complete=done),
             )  # fmt: skip
+            return samples, summary
     except UsageError as error:
         problems.append(str(error))
     except (sqlite3.Error, ValueError, TypeError) as error:  # a page or a value of it is damaged
         problems.append(f"the ledger {path.name} cannot be read: {error}")
-    return None
+    return None, summary
 
 
 def _live(folder: Path) -> bool:

@@ -160,8 +160,16 @@ def learning_rate(job: Job, step: int) -> float:
 
 
 def schedule_factor(job: Job, step: int) -> float:
-    """What the job's schedule makes of every rate in a step, counted from 0."""
-    return float(job.schedule(step)) if job.schedule else 1.0
+    """What the job's schedule makes of every rate in a step, counted from 0. Raises JobFailed unless it is finite."""
+    if job.schedule is None:
+        return 1.0
+    factor = float(job.schedule(step))
+    if not math.isfinite(factor):
+        raise JobFailed(
+            f"the schedule gives {factor} for step {step}",
+            remedy="Return a finite number, by which the learning rate is multiplied.",
+        )
+    return factor
 
 
 def clip_factor(job: Job, squared_norm: float) -> float:

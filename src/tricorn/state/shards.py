@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tricorn.documents import UNREADABLE
 from tricorn.errors import CheckpointDamaged, UsageError
 from tricorn.state.runs import Runs
 
@@ -114,7 +115,12 @@ class CheckpointReader:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for index, file in enumerate(self._files):
             shapes = (file.metadata() or {}).get("shapes", "{}")
-            self._shapes |= msgspec.json.decode(shapes, type=dict[str, tuple[int, ...]])
+            try:
+                self._shapes |= msgspec.json.decode(shapes, type=dict[str, tuple[int, ...]])
+            except UNREADABLE as error:
+                raise CheckpointDamaged(
+                    f"what the checkpoint {folder} says of its tensors' shapes cannot be read: {error}"
+                ) from None
             for name in file.keys():  # noqa: SIM118 - not a dict
                 key, runs = _runs_of(name, file.get_slice(name).get_shape(), folder)
                 self._stored.setdefault(key, []).append(_Stored(runs, name, index))

@@ -22,6 +22,7 @@ INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
 OPERATIONS = (
     "all_reduce", "mean", "scaled", "complex", "coalesced", "reduce", "broadcast", "all_gather", "all_gather_single",
     "reduce_scatter", "all_to_all", "uneven", "gather", "scatter", "message", "any_source", "barrier",
+    "listed_scatter", "listed_to_all",
 )  # fmt: skip
 SUMMED = {"all_reduce", "mean", "scaled", "complex", "coalesced", "reduce", "reduce_scatter", "listed_scatter"}
 GROUPS = [[*ranks] for size in (4, 3, 2) for ranks in combinations(range(SIZE), size)]
@@ -36,11 +37,10 @@ def both(rank: int, size: int, folder: Path) -> dict[str, Any]:
         segment.here = group.here = lambda: f"host {rank // 2}"
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("cpu:tricorn,cuda:nccl", store=store, rank=rank, world_size=size)
-    groups: dict[str, Any] = {
+    return {
         name: [dist.new_group(ranks, backend=name, timeout=timedelta(seconds=30)) for ranks in GROUPS]
         for name in ("gloo", "tricorn")
     }
-    return {**groups, "operations": OPERATIONS + ("listed_scatter", "listed_to_all") * ("hosts" not in folder.name)}
 
 
 @pytest.fixture(scope="module", params=["one host", "two hosts"])
@@ -64,7 +64,7 @@ def sequence(groups: dict[str, Any], seed: int) -> None:
         n, root = len(members), chance.randrange(len(members))
         dtype = chance.choice((*NUMBERS, *INTEGERS, torch.bool))
         length = chance.choice((1, 7, 64, 1000, 8193, 50_000)) * n
-        operation = chance.choice(groups["operations"])
+        operation = chance.choice(OPERATIONS)
         kinds = ["SUM", "MIN", "MAX", "PRODUCT"] + ["BAND", "BOR", "BXOR"] * (not dtype.is_floating_point)
         reduction = getattr(dist.ReduceOp, chance.choice(kinds) if dtype is not torch.bool else "MAX")
         later, strided = chance.random() < 0.5, chance.random() < 0.2

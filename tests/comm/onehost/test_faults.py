@@ -8,8 +8,10 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -23,6 +25,7 @@ from tricorn.errors import PeerLost, UsageError
 SIZE = 3
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "8"))
 AT_ONCE = 20.0  # seconds that a loaded machine may take, against a timeout of 60
+USUALLY = 2.0  # seconds that half of several rounds take at most
 
 
 def meet(rank: int, size: int, folder: Path, timeout: float = 60.0) -> Shared:
@@ -121,8 +124,16 @@ def pass_time(seconds: float) -> None:
         os.sched_yield()
 
 
+@pytest.fixture(scope="module")
+def detection() -> Iterator[list[float]]:
+    """Seconds until the last rank knew, of each round."""
+    took: list[float] = []
+    yield took
+    assert len(took) < 3 or median(took) < USUALLY, took
+
+
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path, detection: list[float]) -> None:
     chance = random.Random(seed)
     victim, operation = chance.randrange(SIZE), OPERATIONS[seed % len(OPERATIONS)]
     trio = Trio(tmp_path, worker, operation)
@@ -132,9 +143,10 @@ def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path) -> None:
     killed = time.monotonic()
     os.kill(trio.pids[victim], signal.SIGKILL)
     os.waitpid(trio.pids[victim], 0)
-    for when, text in trio.ends([rank for rank in range(SIZE) if rank != victim]):
-        assert f"rank {victim} died" in text
-        assert when - killed < AT_ONCE
+    ends = trio.ends([rank for rank in range(SIZE) if rank != victim])
+    assert all(f"rank {victim} died" in text for _, text in ends), ends
+    detection.append(max(when for when, _ in ends) - killed)
+    assert detection[-1] < AT_ONCE
 
 
 def finite(rank: int, folder: Path, timeout: float) -> None:
@@ -186,7 +198,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(seed: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str) -> None:
+def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str, detection: list[float]) -> None:
     for seed in range(max(1, ROUNDS // len(OPERATIONS))):
         chance = random.Random(seed)
         segments = [new_segment(SIZE, "aborts") for _ in range(SIZE)]
@@ -203,7 +215,8 @@ def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str) -> None:
             for end in ends:
                 with pytest.raises(PeerLost, match="the user said so"):
                     end.result(AT_ONCE)
-            assert time.monotonic() - aborted < AT_ONCE
+            detection.append(time.monotonic() - aborted)
+            assert detection[-1] < AT_ONCE
 
 
 def disagreeing(rank: int, folder: Path) -> None:

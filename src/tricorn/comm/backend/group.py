@@ -21,7 +21,8 @@ from tricorn.comm.backend.hosts import PATIENCE, Hosts
 from tricorn.comm.backend.operations import Operations
 from tricorn.comm.segment import Ticket, here
 from tricorn.comm.shared import Shared, new_segment
-from tricorn.errors import PeerLost
+from tricorn.documents import UNREADABLE
+from tricorn.errors import PeerLost, ProtocolError
 
 
 def create(options: Any) -> Any:
@@ -142,7 +143,11 @@ def _meet(store: Store, rank: int, size: int, timeout: float, name: str) -> tupl
         segment = new_segment(size, name)
         undo.callback(segment.close)
         own = msgspec.json.encode(segment.ticket).decode()
-        tickets = [msgspec.json.decode(ticket, type=Ticket) for ticket in all_say("segment", own)]
+        said = all_say("segment", own)
+        try:
+            tickets = [msgspec.json.decode(ticket, type=Ticket) for ticket in said]
+        except UNREADABLE as error:
+            raise ProtocolError(f"where a rank of the group {name!r} has its memory cannot be read: {error}") from None
         hosts = None
         if all(ticket.host == here() for ticket in tickets):
             shared = Shared(rank=rank, segment=segment, tickets=tickets, label=name, timeout=timeout)

@@ -51,10 +51,16 @@ class Hosts:
             label=label, timeout=timeout + PATIENCE, names=self._near,
         )  # fmt: skip
 
-    @property
-    def far(self) -> str:
-        """The ranks of the other hosts, as an error names them."""
-        return " or ".join(f"rank {peer}" for peer in range(self._size) if peer not in self._near)
+    def lost(self, what: str, error: BaseException, *, leaders: bool = False) -> str:
+        """What to say of an operation over Gloo, which names only addresses, that others did not finish.
+
+        ``leaders``: it was between those, who know that the ranks of their own hosts have come.
+        """
+        if dead := self.local.dead():
+            return f"rank {dead[0]} died in {what}: {error}"
+        if leaders or "Timed out" not in str(error):
+            return f"{self._named(self._near)}, on another host, was lost in {what}: {error}"
+        return f"{self._named([self._rank])} was lost or is late in {what}: {error}"
 
     def all_reduce(self, tensor: Tensor, operation: str = "sum") -> None:
         """Inside each host, between the leaders, and back. ``avg`` divides by the number of all ranks.
@@ -80,7 +86,7 @@ class Hosts:
             if self._host == home:
                 self.local.broadcast(tensor, self._near.index(root))
             if self._leaders:
-                _broadcast(self._leaders, tensor, home).wait()
+                self._start_broadcast(tensor, home).wait()
             if self._host != home:
                 self.local.broadcast(tensor, 0)
 
@@ -89,7 +95,7 @@ class Hosts:
         with self._together(f"all_gather ({tensor.nbytes} bytes)"):
             packed, parts = self._packed(outputs)
             self.local.all_gather([parts[peer] for peer in self._near], tensor.view(-1))
-            self._between(packed, parts, _broadcast)
+            self._between(packed, parts, self._start_broadcast)
             self.local.broadcast(packed, 0)
         for output, part in zip(outputs, parts, strict=True):
             output.view(-1).copy_(part)
@@ -106,7 +112,7 @@ class Hosts:
             for part, tensor in zip(parts, inputs, strict=True):
                 part.copy_(tensor.view(-1))
             self.local.reduce(packed, 0, within)
-            self._between(packed, parts, partial(_reduce, _GLOO[within]))
+            self._between(packed, parts, partial(self._start_reduce, within))
             nothing = [packed[:0]] * len(self._near)
             sends = [parts[peer] for peer in self._near] if self._leaders else nothing
             self.local.all_to_all([output.view(-1), *nothing[1:]], sends)
@@ -128,6 +134,9 @@ class Hosts:
         """
         self.local.interrupt(reason)
 
+    def _named(self, others_than: Sequence[int]) -> str:
+        return " or ".join(f"rank {peer}" for peer in range(self._size) if peer not in others_than)
+
     def _packed(self, like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Room for what each rank has, that of a host's ranks side by side; and the part of each rank."""
         order = [rank for ranks in self._ranks for rank in ranks]
@@ -135,15 +144,26 @@ class Hosts:
         parts = dict(zip(order, packed.split_with_sizes([like[rank].numel() for rank in order]), strict=True))
         return packed, [parts[rank] for rank in range(self._size)]
 
-    def _between(
-        self, packed: Tensor, parts: Sequence[Tensor], start: Callable[[dist.ProcessGroup, Tensor, int], dist.Work]
-    ) -> None:
+    def _between(self, packed: Tensor, parts: Sequence[Tensor], start: Callable[[Tensor, int], dist.Work]) -> None:
         """On leaders, do what ``start`` begins with the parts of each host, whose leader is the root."""
         if self._leaders:
             sizes = [sum(parts[rank].numel() for rank in ranks) for ranks in self._ranks]
             blocks = enumerate(packed.split_with_sizes(sizes))
-            for work in [start(self._leaders, block, host) for host, block in blocks]:
-                work.wait()
+            _wait_for([start(block, host) for host, block in blocks])
+
+    def _start_broadcast(self, tensor: Tensor, root: int) -> dist.Work:
+        """To the other leaders. As bytes, for Gloo does not know every dtype."""
+        assert self._leaders is not None
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        return self._leaders.broadcast([tensor.view(-1).view(torch.uint8)], options)
+
+    def _start_reduce(self, operation: str, tensor: Tensor, root: int) -> dist.Work:
+        """Of the leaders, to one of them."""
+        assert self._leaders is not None
+        options = dist.ReduceOptions()
+        options.reduceOp, options.rootRank = dist.ReduceOp(_GLOO[operation]), root
+        return self._leaders.reduce([tensor], options)
 
     @contextlib.contextmanager
     def _together(self, what: str) -> Iterator[None]:
@@ -154,27 +174,19 @@ class Hosts:
             self._leaders = None  # its connections close, which the other leaders see
             raise
         except RuntimeError as error:
+            reason = self.lost(what, error, leaders=True)
+            self.local.interrupt(reason)  # first: to close connections may take a while
             self._leaders = None
-            reason = lost(self.far, what, error)
-            self.local.interrupt(reason)
             raise PeerLost(reason) from error
 
 
-def _broadcast(group: dist.ProcessGroup, tensor: Tensor, root: int) -> dist.Work:
-    options = dist.BroadcastOptions()
-    options.rootRank = root
-    return group.broadcast([tensor], options)
-
-
-def _reduce(operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup, tensor: Tensor, root: int) -> dist.Work:
-    options = dist.ReduceOptions()
-    options.reduceOp, options.rootRank = dist.ReduceOp(operation), root
-    return group.reduce([tensor], options)
-
-
-def lost(far: str, what: str, error: BaseException) -> str:
-    """What to say of an operation that the ranks of other hosts, named in ``far``, did not finish."""
-    return f"{far}, on another host, was lost in {what}: {error}"
+def _wait_for(works: list[dist.Work]) -> None:
+    """Wait for all; keep none, not even in the traceback of an error: each would keep its group's connections open."""
+    try:
+        while works:
+            works.pop(0).wait()
+    finally:
+        works.clear()
 
 
 def gloo_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class Operations:
         return result
 
     def _named(self, work: Any, other: dist.ProcessGroup, what: str) -> Any:
-        return FarWork(work, self._hosts.far, what) if self._hosts and other is self._hosts.gloo else work
+        return FarWork(work, partial(self._hosts.lost, what)) if self._hosts and other is self._hosts.gloo else work
 
     def _other(self, tensors: list[Tensor], name: str = "") -> dist.ProcessGroup | None:
         """Who does it instead: NCCL for tensors on a GPU, from the first of them on; Gloo between hosts."""

@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tricorn.comm.backend.hosts import lost
 from tricorn.errors import PeerLost
 
 _FOREVER = timedelta(0)
 
 
 class FarWork(dist.Work):
-    """An operation over Gloo, which names addresses: an error names ``far``, the ranks of other hosts, and ``what``."""
+    """An operation over Gloo; ``lost`` says what its error means."""
 
-    def __init__(self, inner: dist.Work, far: str, what: str) -> None:
+    def __init__(self, inner: dist.Work, lost: Callable[[BaseException], str]) -> None:
         super().__init__()
-        self._inner, self._far, self._what = inner, far, what
+        self._inner, self._lost = inner, lost
         for name in ("is_completed", "is_success", "exception", "result", "source_rank", "_source_rank", "get_future"):
             setattr(self, name, getattr(inner, name))
 
@@ -31,7 +30,7 @@ class FarWork(dist.Work):
         try:
             return self._inner.wait(timeout)
         except RuntimeError as error:
-            raise PeerLost(lost(self._far, self._what, error)) from error
+            raise PeerLost(self._lost(error)) from error
 
     def synchronize(self) -> None:
         self.wait()

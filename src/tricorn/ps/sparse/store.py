@@ -113,12 +113,21 @@ class SparseTable:
         kernel, constants = step_of(self.spec.optimizer, step, lr)
         kernel(arena.numbers, layout.stride, layout.first, places_U, grads_UD, np.array(constants, layout.dtype))
 
-    def check(self, ids_U: Ids) -> None:
-        """Raise what an update of these ids would raise, so that several tables are updated all or not at all."""
+    def check_buckets(self, ids_U: Ids) -> None:
+        """Raise ProtocolError for an id of another server, as an update would."""
+        first, last = self.spec.buckets
+        if last - first < BUCKETS and len(ids_U):
+            buckets_U = bucket_of(ids_U)
+            if len(wrong := np.flatnonzero((buckets_U < first) | (buckets_U >= last))):
+                raise foreign(self.spec, int(ids_U[wrong[0]]))
+
+    def check_room(self, ids_U: Ids) -> None:
+        """Raise TableFull if an update of these ids would: several tables are then updated all or not at all."""
+        if self._arena.rows + len(ids_U) <= self._arena.layout.room:  # all may be new
+            return
         ids_U = np.require(ids_U, requirements=["C", "A", "W"])
         places_U, absent = self._find(ids_U)
         if absent:
-            self._must_be_unique(ids_U[places_U < 0])
             due_U = self._due(ids_U, places_U)
             self._must_fit(int(np.count_nonzero(due_U)), int(np.count_nonzero(places_U[due_U] < 0)))
 
