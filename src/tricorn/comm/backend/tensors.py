@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tricorn.errors import UsageError
 
-OPERATIONS = {
+_NAMES = {
     dist.ReduceOp.SUM: "sum",
     dist.ReduceOp.AVG: "avg",
     dist.ReduceOp.PRODUCT: "product",
@@ -23,6 +23,8 @@ OPERATIONS = {
     dist.ReduceOp.BXOR: "bxor",
     dist.ReduceOp.PREMUL_SUM: "sum",
 }
+OPERATIONS = {kind.value: name for kind, name in _NAMES.items()}  # the kinds themselves take 1 us to hash and compare
+_PREMUL = dist.ReduceOp.PREMUL_SUM.value
 
 
 def reduction(opts: Any, tensor: Tensor) -> tuple[str, Any]:
@@ -30,11 +32,11 @@ def reduction(opts: Any, tensor: Tensor) -> tuple[str, Any]:
     if opts is None:
         return "sum", None
     chosen = opts.reduceOp
-    kind = getattr(chosen, "op", chosen)
-    operation = OPERATIONS[kind]
+    code = getattr(chosen, "op", chosen).value
+    operation = OPERATIONS[code]
     if tensor.is_complex() and operation not in ("sum", "avg"):
         raise UsageError(f"{operation} is not defined for {tensor.dtype}", remedy="Sum, or reduce the real parts.")
-    factor = chosen.__getstate__()[1] if kind == dist.ReduceOp.PREMUL_SUM else None
+    factor = chosen.__getstate__()[1] if code == _PREMUL else None
     return operation, factor
 
 

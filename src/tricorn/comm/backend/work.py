@@ -77,12 +77,13 @@ class Work(dist.Work):
 
     def wait(self, timeout: timedelta = _FOREVER) -> bool:
         """Block until it is done; raise what it raised, or PeerLost after the timeout (0: that of the group)."""
-        seconds = timeout.total_seconds()
-        if not self._running.acquire(timeout=seconds if seconds > 0 else -1):
-            raise PeerLost(
-                f"the operation was not over after {seconds:g} s", remedy="Wait for longer, or without a limit."
-            )
-        self._running.release()
+        if not self._done:
+            seconds = timeout.total_seconds()
+            if not self._running.acquire(timeout=seconds if seconds > 0 else -1):
+                raise PeerLost(
+                    f"the operation was not over after {seconds:g} s", remedy="Wait for longer, or without a limit."
+                )
+            self._running.release()
         if self._error is not None:
             raise self._error
         return True
