@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -39,26 +39,24 @@ class Named(type):
         return own.replace(parameters=[*own.parameters.values()][1:], return_annotation=cls)
 
     def __call__(cls, *positional: Any, **given: Any) -> Any:
-        try:
-            return super().__call__(*positional, **given)
-        except TypeError:
-            problems = [*_problems(cls, positional, given)]
-            if not problems:
-                raise
-        raise JobError(problems)
+        return _made(super().__call__, cls, positional, given)
 
 
 class NamedStruct(msgspec.StructMeta):
     """Of a struct: the same. What is decoded does not come this way."""
 
     def __call__(cls, *positional: Any, **given: Any) -> Any:
-        try:
-            return super().__call__(*positional, **given)
-        except TypeError:
-            problems = [*_problems(cls, positional, given)]
-            if not problems:
-                raise
-        raise JobError(problems)
+        return _made(super().__call__, cls, positional, given)
+
+
+def _made(make: Callable[..., Any], cls: type, positional: tuple[object, ...], given: Mapping[str, object]) -> Any:
+    try:
+        return make(*positional, **given)
+    except TypeError:
+        problems = [*_problems(cls, positional, given)]
+        if not problems:
+            raise
+    raise JobError(problems)
 
 
 def _problems(cls: type, positional: tuple[object, ...], given: Mapping[str, object]) -> Iterator[Problem]:

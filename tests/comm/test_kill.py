@@ -18,7 +18,7 @@ from tricorn.comm.listener import PeerListener
 from tricorn.errors import PeerLost
 
 SECRET = b"s" * 32
-PROMPT = 10.0  # seconds that a loaded machine may take from the kill to the last PeerLost
+PROMPT = 2.0  # seconds from the kill to the last PeerLost
 
 
 def small(group: Group) -> None:

@@ -23,7 +23,7 @@ def test_waiting_ends_after_the_time_given() -> None:
     segment = Segment.create(4096, "words")
     began = time.monotonic()
     assert not words.wait_at_least(segment.address, 1, segment.address + BELL, 10, 2, SLICE)
-    assert time.monotonic() - began >= SLICE / 1e9
+    assert SLICE / 1e9 <= time.monotonic() - began < 5
 
 
 def test_no_wake_is_lost() -> None:

@@ -66,9 +66,6 @@ class Line:
     def receive_into(self, view: memoryview) -> None:
         view[:], self._payload = self._payload[: len(view)], self._payload[len(view) :]
 
-    def interrupt(self) -> None:
-        raise NotImplementedError
-
     def close(self) -> None:
         self._host.leave(self._rank)
 

@@ -63,4 +63,8 @@ tabled = make(
     train=tricorn.data.arrays((torch.arange(SAMPLES) ** 2 % 90, x), y), evaluate=None, metrics={},
     tables={"rows": tricorn.Table(std=0.3)},
 )  # fmt: skip
+layered = make(
+    tricorn.optim.Adagrad(lr=0.1), "float64", model=Tabled, epochs=12, evaluate=None, metrics={},
+    train=tricorn.data.arrays((torch.arange(SAMPLES) ** 2 % 90, x), y), tables={"rows": tricorn.Table(std=0.3)},
+)  # fmt: skip
 smaller_batches = make(SGD, "float64", batch_size=20)

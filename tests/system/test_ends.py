@@ -13,7 +13,7 @@ import pytest
 
 from . import harness
 
-SECONDS = 10.0  # that a loaded machine may take until everything is gone
+SECONDS = 3.0  # in which everything has to be gone
 
 
 def processes(run: harness.Run) -> list[psutil.Process]:

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import torch
 
-from . import harness, hybrid_jobs, test_tables
+from . import harness, jobs, test_tables
 
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
 TWO = ["--workers", "2"]
@@ -35,18 +35,18 @@ if ROUNDS > 1:
 @cache
 def expected():
     """The weights of the job with layers after one plain loop."""
-    return harness.trajectory(hybrid_jobs.job, adagrad, hybrid_jobs.STEPS)[1]
+    return harness.trajectory(jobs.layered, adagrad, 7 * jobs.layered.epochs)[1]
 
 
 def adagrad(model):
-    return [torch.optim.Adagrad(model.parameters(), lr=hybrid_jobs.job.optimizer.lr)]
+    return [torch.optim.Adagrad(model.parameters(), lr=jobs.layered.optimizer.lr)]
 
 
-def disturbed(folder, mode, seed, options, file):
-    """A run of the file's job in which two roles have died and each sample counted once, and who died."""
+def disturbed(folder, mode, seed, options, job, file):
+    """A run of a job of the file in which two roles have died and each sample counted once, and who died."""
     servers = ["server-0", "server-1"] if "--servers" in options else []
     workers = [f"worker-{rank}" for rank in range(int(options[options.index("--workers") + 1]))]
-    run = harness.start(folder, "job", *options, "--checkpoint-every", "20", file=file)
+    run = harness.start(folder, job, *options, "--checkpoint-every", "20", file=file)
     run.reach(5)
     killed = run.disturb(Random(f"{mode}/{seed}"), [*workers, *servers, "coordinator"], kills=2)
     run.counted_once(killed)
@@ -56,7 +56,7 @@ def disturbed(folder, mode, seed, options, file):
 @pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("mode", MODES)
 def test_every_sample_counts_once_through_deaths(tmp_path, mode, seed):
-    run, killed = disturbed(tmp_path, mode, seed, MODES[mode], test_tables.FILE)
+    run, killed = disturbed(tmp_path, mode, seed, MODES[mode], "job", test_tables.FILE)
     assert harness.distance(test_tables.weights(run), test_tables.expected()) <= 1e-10, f"killed {killed}"
 
 
@@ -64,6 +64,6 @@ def test_every_sample_counts_once_through_deaths(tmp_path, mode, seed):
 @pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("mode", LAYERED)
 def test_layers_that_are_cut_and_split_go_on_after_deaths(tmp_path, mode, seed):
-    run, killed = disturbed(tmp_path, mode, seed, LAYERED[mode], harness.JOBS.with_name("hybrid_jobs.py"))
-    weights = harness.flat(harness.trained_model(hybrid_jobs.job, run.folder))
+    run, killed = disturbed(tmp_path, mode, seed, LAYERED[mode], "layered", harness.JOBS)
+    weights = harness.flat(harness.trained_model(jobs.layered, run.folder))
     assert harness.distance(weights, expected()) <= 1e-10, f"killed {killed}"

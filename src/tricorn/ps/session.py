@@ -226,9 +226,9 @@ class Session:
                 f"ids of table {name!r} are a {type(ids_U).__name__}", remedy="Give a one-dimensional int64 tensor."
             )
         check_ids(name, ids_U)
-        from tricorn.ps.sparse.ids import unique
+        from tricorn.ps.sparse.ids import first_repeated
 
-        if len(unique(ids_U.numpy(force=True))[0]) < len(ids_U):
+        if first_repeated(ids_U.contiguous().numpy(force=True)) >= 0:
             raise UsageError(
                 f"ids of table {name!r} come twice",
                 remedy="Give each once (torch.unique), with the sum of its gradients.",

@@ -8,10 +8,8 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -24,8 +22,7 @@ from tricorn.errors import PeerLost, UsageError
 
 SIZE = 3
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "8"))
-AT_ONCE = 20.0  # seconds that a loaded machine may take, against a timeout of 60
-USUALLY = 2.0  # seconds that half of several rounds take at most
+AT_ONCE = 2.0  # seconds on a loaded machine, against a timeout of 60
 
 
 def meet(rank: int, size: int, folder: Path, timeout: float = 60.0) -> Shared:
@@ -124,16 +121,8 @@ def pass_time(seconds: float) -> None:
         os.sched_yield()
 
 
-@pytest.fixture(scope="module")
-def detection() -> Iterator[list[float]]:
-    """Seconds until the last rank knew, of each round."""
-    took: list[float] = []
-    yield took
-    assert len(took) < 3 or median(took) < USUALLY, took
-
-
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path, detection: list[float]) -> None:
+def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
     victim, operation = chance.randrange(SIZE), OPERATIONS[seed % len(OPERATIONS)]
     trio = Trio(tmp_path, worker, operation)
@@ -145,8 +134,7 @@ def test_a_killed_rank_is_named_at_once(seed: int, tmp_path: Path, detection: li
     os.waitpid(trio.pids[victim], 0)
     ends = trio.ends([rank for rank in range(SIZE) if rank != victim])
     assert all(f"rank {victim} died" in text for _, text in ends), ends
-    detection.append(max(when for when, _ in ends) - killed)
-    assert detection[-1] < AT_ONCE
+    assert max(when for when, _ in ends) - killed < AT_ONCE
 
 
 def finite(rank: int, folder: Path, timeout: float) -> None:
@@ -199,7 +187,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(seed: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str, detection: list[float]) -> None:
+def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str) -> None:
     for seed in range(max(1, ROUNDS // len(OPERATIONS))):
         chance = random.Random(seed)
         segments = [new_segment(SIZE, "aborts") for _ in range(SIZE)]
@@ -216,8 +204,7 @@ def test_an_abort_in_the_midst_ends_the_waits_of_all(operation: str, detection: 
             for end in ends:
                 with pytest.raises(PeerLost, match="the user said so"):
                     end.result(AT_ONCE)
-            detection.append(time.monotonic() - aborted)
-            assert detection[-1] < AT_ONCE
+            assert time.monotonic() - aborted < AT_ONCE
 
 
 def disagreeing(rank: int, folder: Path) -> None:

@@ -14,7 +14,6 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -26,8 +25,7 @@ from tricorn.testing.hosts import Host, RunningHost, hosts, hosts_unavailable
 
 SIZE = 4
 ROUNDS = int(os.environ.get("TRICORN_ROUNDS", "1"))
-DETECTED = 15.0  # seconds that a loaded machine may take, against a timeout of 30
-USUALLY = 2.0  # seconds that half of several rounds take at most
+DETECTED = 5.0  # seconds on a loaded machine, against a timeout of 30
 SHORT = 3.0  # the timeout after which a host whose link is cut is lost
 
 
@@ -179,21 +177,13 @@ def names(text: str) -> set[int]:
     return {int(rank) for rank in re.findall(r"rank (\d)", text)}
 
 
-@pytest.fixture(scope="module")
-def detection() -> Iterator[list[float]]:
-    """Seconds from a kill to the end of all, of each round."""
-    took: list[float] = []
-    yield took
-    assert len(took) < 3 or median(took) < USUALLY, took
-
-
 def test_operations_between_hosts(started: Any) -> None:
     with started(30.0) as ranks:
         ranks.each(operations)
 
 
 @pytest.mark.parametrize("seed", range(max(2, ROUNDS)))
-def test_a_killed_rank_ends_the_waits_of_all(started: Any, detection: list[float], seed: int) -> None:
+def test_a_killed_rank_ends_the_waits_of_all(started: Any, seed: int) -> None:
     chance, operation = random.Random(seed), OPERATIONS[seed % len(OPERATIONS)]
     victim = (seed + 1) % SIZE if seed < SIZE else chance.randrange(SIZE)  # a follower first, then a leader
     timeout, patience = (30.0, DETECTED) if operation in AT_ONCE else (SHORT, SHORT + DETECTED)
@@ -201,9 +191,7 @@ def test_a_killed_rank_ends_the_waits_of_all(started: Any, detection: list[float
         ranks.start(endlessly_one, operation)
         pass_time(chance.random() * 0.05)
         os.kill(ranks.processes[victim].pid, signal.SIGKILL)
-        killed = time.monotonic()
         said = said_by_the_others(ranks, victim, patience)
-        detection.append(time.monotonic() - killed)
     assert victim in names(said[0][1]), said
     assert all(names(text) & ended for _, text, ended in said), said
 
