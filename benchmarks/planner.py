@@ -1,9 +1,10 @@
 """Does the planner predict, and choose, rightly? Predictions are written down first; then every plan is measured.
 
 For four jobs that its equations were not made for, on clusters of one to four hosts. A piece is one job on one cluster
-(``--case mlp --cluster 2-100``): it writes its predictions into a file of its own, then measures plan after plan until
-its ``--minutes`` are over, and goes on where it was when it is called again. ``--summary`` says what all pieces came
-to. Without any of these all jobs are measured on the usual clusters, which takes hours.
+(``--case mlp --cluster 2-100``). The planner looks at the hosts and tries some plans, as it does for whoever has them;
+its predictions are written into a file of their own, and beside them those for hosts that are only described. Then
+plan after plan is measured until ``--minutes`` are over; called again, it goes on where it was. ``--summary`` says what
+all pieces came to. Without any of these all jobs are measured on the usual clusters, which takes hours.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from tricorn.planner.prediction import Prediction
 from tricorn.planner.search import exact
 from tricorn.run import execute, timing_of
 from tricorn.testing.hosts import hosts_unavailable
+from tricorn.trials import Trials
 
 JOBS = ROOT / "benchmarks" / "jobs" / "planned.py"
 CASES = ("mlp", "cnn", "transformer", "recommender")
+TRIED_STEPS = 4000  # of a trial, of which it makes as many as it wants
 SECONDS = 2.0  # that the steps of a run should take together
 STEPS = range(10, 101, 10)  # of a run: whole epochs
 SLOW_MBIT = 200.0
@@ -51,21 +54,29 @@ def key_of(plan: Plan) -> str:
     return msgspec.json.encode(plan).decode()
 
 
-def predict(case: str, cluster: str, given: dict[str, int], file: Path) -> dict:
+def predict(case: str, cluster: str, where: Place, file: Path) -> dict:
     """What the planner says of the case, from the file if it has said it before; with measurements of its own."""
     if not file.exists():
+        job = str(JOBS), f"{case}@{TRIED_STEPS}"
         with _cache(file.parent / "cache"):
-            found = planner.plan((str(JOBS), case), given, cluster=described(cluster))
+            stated = planner.plan((str(JOBS), case), where.given, cluster=described(cluster), told=_tell)
+            with Trials(job, where.engine) as trial:
+                found = planner.plan((str(JOBS), case), where.given, places=where.hosts, trial=trial, told=_tell)
         mbit = SPEEDS.get(cluster.split("-")[1]) if "-" in cluster else None
         traits = [SPARSE] * bool(found.ground.profile.tables) + [SLOW] * (mbit is not None and mbit < SLOW_MBIT)
         said = {
             "case": case, "cluster": cluster, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "chosen": key_of(found.best), "traits": traits,
+            "chosen": key_of(found.best), "traits": traits, "tried": [key_of(plan) for plan in found.planning.tried],
             "predictions": [each.as_dict() for each in found.ranked],
+            "stated": {key_of(each.plan): each.seconds for each in stated.ranked} if where.hosts else {},
             "rejected": Counter(each.reason for each in found.rejected),
         }  # fmt: skip
         file.write_text(json.dumps(said))
     return json.loads(file.read_text())
+
+
+def _tell(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr)
 
 
 def predictions_of(said: dict) -> dict[str, Prediction]:
@@ -131,16 +142,15 @@ def _cache(folder: Path) -> Iterator[None]:
 def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, quick: bool) -> None:
     """Predict, then measure until time is up or everything is measured."""
     until = time.monotonic() + 60 * minutes
-    given = {"threads": 1} if cluster != "1" else {}
-    said = predict(case, cluster, given, out / f"{case}@{cluster}.json")
-    predictions = predictions_of(said)
-    first, rest = order(predictions, said)
-    rest = [] if quick else rest
-    groups = [first, *(rest[start : start + GROUP] for start in range(0, len(rest), GROUP))]
-    steps = {key: _steps(predictions[key].seconds) for key in predictions}
     results = out / "results.jsonl"
     done = Counter(run.plan for run in runs_of(results, case, cluster))
     with place(cluster, (str(JOBS), case)) as where:
+        said = predict(case, cluster, where, out / f"{case}@{cluster}.json")
+        predictions = predictions_of(said)
+        first, rest = order(predictions, said)
+        rest = [] if quick else rest
+        groups = [first, *(rest[start : start + GROUP] for start in range(0, len(rest), GROUP))]
+        steps = {key: _steps(predictions[key].seconds) for key in predictions}
         for key, count in todo(groups, steps, rounds, done):
             if time.monotonic() + predictions[key].seconds * count > until:
                 print(f"{case} on {cluster}: to be gone on with", file=sys.stderr)
@@ -176,7 +186,10 @@ def cases_in(out: Path) -> Iterator[tuple[str, Case]]:
         said = json.loads(file.read_text())
         if runs := runs_of(out / "results.jsonl", said["case"], said["cluster"]):
             predictions = predictions_of(said)
-            case = Case(predictions, said["chosen"], said["traits"], [run for run in runs if run.plan in predictions])
+            case = Case(
+                predictions, said["chosen"], said["traits"], [run for run in runs if run.plan in predictions],
+                tried=said["tried"], stated=said.get("stated", {}),
+            )  # fmt: skip
             if case.exact:
                 yield f"{said['case']} on {said['cluster']}", case
 
@@ -201,6 +214,14 @@ def judge(report: Report, cases: dict[str, Case]) -> None:
                 report.row(name, f"regret of {way}", [100 * regret], "%")
     everything = [each for case in cases.values() for each in case.measured.values()]
     _spread(report, "all", "error of a step", [100 * abs(each.time_error) for each in everything])
+    for what, chosen in (("tried", True), ("not tried", False)):
+        if errors := [
+            100 * abs(each.time_error)
+            for case in cases.values() for key, each in case.measured.items() if (key in case.tried) == chosen
+        ]:  # fmt: skip
+            _spread(report, "all", f"error of a step, plans that the planner had {what}", errors)
+    if stated := [100 * abs(error) for case in cases.values() for error in case.stated_errors()]:
+        _spread(report, "all", "error of a step, hosts only described", stated)
     report.row("all", "error of memory, signed", [100 * each.memory_error for each in everything], "%")
     for way, found in regrets.items():
         able = [100 * regret for regret in found if regret < float("inf")]

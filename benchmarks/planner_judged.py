@@ -76,12 +76,19 @@ class Measured:
 
 
 class Case:
-    """One job on one cluster. ``chosen`` is the planner's own choice, by its key; runs are under theirs."""
+    """One job on one cluster. ``chosen`` is the planner's own choice, by its key; runs are under theirs.
+
+    ``tried``: plans that the planner ran for some steps. ``stated``: seconds of a step that it predicts where the
+    hosts are only described to it.
+    """
 
     def __init__(
-        self, predictions: Mapping[str, Prediction], chosen: str, traits: Sequence[str], runs: Iterable[Run]
-    ) -> None:
+        self, predictions: Mapping[str, Prediction], chosen: str, traits: Sequence[str], runs: Iterable[Run], *,
+        tried: Sequence[str] = (), stated: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         self.predictions = predictions
+        self.tried = tried
+        self.stated = stated or {}
         by_plan: dict[str, list[Run]] = {}
         for run in runs:
             by_plan.setdefault(run.plan, []).append(run)
@@ -98,6 +105,10 @@ class Case:
     @property
     def noise(self) -> float:
         return statistics.median(each.noise for each in self.measured.values())
+
+    def stated_errors(self) -> list[float]:
+        """Signed errors, as shares, of what is predicted for described hosts."""
+        return [self.stated[key] / each.seconds - 1 for key, each in self.measured.items() if key in self.stated]
 
     def regrets(self) -> dict[str, float]:
         """Of each way to choose: how much slower than the best its plan was, as a share; infinite if that failed.

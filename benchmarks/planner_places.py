@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tricorn.engine.base import Engine, Gone, RoleSpec
+from tricorn.engine.base import Engine
 from tricorn.engine.hosts import HostsEngine
 from tricorn.engine.local import LocalEngine
 from tricorn.planner.cluster import Cluster
@@ -37,32 +35,14 @@ class Kept(LocalEngine):
 
     def __init__(self, job: tuple[str, str], **where: object) -> None:
         super().__init__(job, **where)
-        self._lives: dict[str, int] = {}
 
     def next(self, job: tuple[str, str]) -> None:
         """What the next run trains."""
         self._job = job
 
-    def start(self, spec: RoleSpec) -> None:
-        self._lives[spec.role] = spec.incarnation
-        super().start(spec)
-
-    def gone(self) -> list[Gone]:
-        found = super().gone()
-        for role, incarnation, _ in found:
-            if self._lives.get(role) == incarnation:
-                del self._lives[role]
-        return found
-
     def close(self, patience: float = ENDED_SECONDS) -> None:
-        """The run is over: wait for its roles, and end those that stay."""
-        until = time.monotonic() + patience
-        while self._lives:
-            select.select([self], [], [], 0.1)
-            self.gone()
-            if time.monotonic() > until:
-                for role, incarnation in self._lives.items():
-                    self.kill(role, incarnation)
+        """The run is over."""
+        self.rest(patience)
 
     def end(self) -> None:
         super().close()
@@ -70,12 +50,12 @@ class Kept(LocalEngine):
 
 @dataclass(frozen=True)
 class Place:
-    """``cluster`` is what the planner is told, None for this machine; ``given`` what it may not choose.
+    """``hosts`` are what the planner looks at, none for this machine; ``given`` what it may not choose.
 
     ``traffic`` is the bytes of payload so far over each host's interface, received and sent.
     """
 
-    cluster: Cluster | None
+    hosts: tuple[RunningHost, ...]
     given: dict[str, int]
     engine: Callable[[tuple[str, str]], Engine]
     traffic: Callable[[], dict[str, tuple[int, int]]]
@@ -111,7 +91,7 @@ def place(name: str, job: tuple[str, str]) -> Iterator[Place]:
         if name == "1":
             engine = Kept(job)
             stack.callback(engine.end)
-            yield Place(None, {}, lambda job: _ready([engine], job), dict)
+            yield Place((), {}, lambda job: _ready([engine], job), dict)
             return
         mbit = SPEEDS[name.split("-")[1]]
         running = stack.enter_context(hosts(*(Host(mbit=mbit, cores=cores) for cores in cores_of(name))))
@@ -120,7 +100,7 @@ def place(name: str, job: tuple[str, str]) -> Iterator[Place]:
             engines.append(Kept(job, host=host.address, prefix=host.prefix, hosts=len(running)))
             stack.callback(engines[-1].end)
         yield Place(
-            described(name),
+            running,
             {"threads": 1},  # the kernel gives a host its part of the cores, and each of its processes sees them all
             lambda job: _ready(engines, job),
             lambda: {f"host{number}": _payload(host) for number, host in enumerate(running)},

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tricorn.errors import PlanError
 from tricorn.plan import Plan
 
 
@@ -75,6 +76,17 @@ def test_only_a_parameter_server_can_be_asynchronous(plan: Plan, synchronous: bo
     assert plan.synchronous is synchronous
 
 
-def test_an_unknown_option_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"strateg": "dp"}, "Plan.strateg: given 'dp' (str); no such field; did you mean strategy?"),
+        ({"strategy": "dp", "worker": 3}, "Plan.worker: given 3 (int); no such field; did you mean workers?"),
+        ({}, "Plan.strategy: given nothing; it has no default"),
+    ],
+)
+def test_an_unknown_option_is_refused(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        Plan(**given)
+    assert str(refused.value) == f"the plan has mistakes:\n  - {told}"
     with pytest.raises(msgspec.ValidationError, match="wrokers"):
         msgspec.json.decode(b'{"strategy": "dp", "wrokers": 2}', type=Plan)

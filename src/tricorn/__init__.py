@@ -10,9 +10,11 @@ from tricorn.plan import Plan
 from tricorn.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tricorn import data, optim, ps
+    from tricorn.engine.base import Engine
     from tricorn.planner import Cluster, Planned
     from tricorn.run import Result, train
 
@@ -21,14 +23,30 @@ __all__ = ["Job", "Plan", "Result", "Table", "__version__", "data", "errors", "o
 
 
 def plan(
-    job: Job, *, cluster: Cluster | str | Path | None = None, approximate: bool = False, **given: object
+    job: Job,
+    *,
+    cluster: Cluster | str | Path | None = None,
+    engine: Callable[[Job | tuple[str, str]], Engine] | None = None,
+    approximate: bool = False,
+    **given: object,
 ) -> Planned:
-    """Predict what every plan for the job would cost, and say which is best and why; see ``tricorn.planner.plan``."""
+    """Predict what every plan for the job would cost, and say which is best and why; see ``tricorn.planner.plan``.
+
+    ``cluster`` is a file that describes other machines. With an ``engine`` (``tricorn.engine.LocalEngine``, or what
+    ``tricorn.engine.hosts.on_hosts`` makes) the plan is for where that runs: hosts are measured, and the plans that
+    seem best are tried there for some steps.
+    """
     from tricorn import planner
     from tricorn.planner.options import checked, decided
 
     checked({"strategy": "dp", **decided(given)}, beside=plan.__annotations__)
-    return planner.plan(job, given, cluster=cluster, approximate=approximate)
+    if engine is None:
+        return planner.plan(job, given, cluster=cluster, approximate=approximate)
+    if cluster is not None:
+        raise errors.UsageError("a cluster is described, and an engine is given", remedy="Give one of the two.")
+    from tricorn.trials import tried
+
+    return tried(job, given, engine, approximate=approximate)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tricorn.errors import JobError, Problem
+from tricorn.errors import JobError, PlanError, Problem
 
 
 def nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str:
@@ -47,6 +47,19 @@ class NamedStruct(msgspec.StructMeta):
 
     def __call__(cls, *positional: Any, **given: Any) -> Any:
         return _made(super().__call__, cls, positional, given)
+
+
+class NamedPlan(NamedStruct):
+    """Of a plan: the same as PlanError."""
+
+    def __call__(cls, *positional: Any, **given: Any) -> Any:
+        try:
+            return super().__call__(*positional, **given)
+        except JobError as error:
+            raise PlanError(
+                "the plan has mistakes:\n" + "\n".join(f"  - {one}" for one in error.problems),
+                remedy="Correct them; help(tricorn.Plan) explains each.",
+            ) from None
 
 
 def _made(make: Callable[..., Any], cls: type, positional: tuple[object, ...], given: Mapping[str, object]) -> Any:

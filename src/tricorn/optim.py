@@ -19,11 +19,12 @@ import msgspec
 from tricorn.fields import NamedStruct
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
 _Range = tuple[str, float, float]
+_PIECE = 1 << 16  # elements
 
 
 class _Declared(
@@ -105,8 +106,9 @@ class Adagrad(_Declared, frozen=True, kw_only=True, tag="adagrad"):
         if self.weight_decay:
             grad = grad.add_(param, alpha=self.weight_decay)
         rate = lr / (1 + (step - 1) * self.lr_decay)
-        accumulated = slots["sum"].addcmul_(grad, grad, value=1)
-        param.addcdiv_(grad, accumulated.sqrt().add_(self.eps), value=-rate)
+        for weights, gradient, total in _pieces(param, grad, slots["sum"]):
+            root = total.addcmul_(gradient, gradient, value=1).sqrt()
+            weights.addcdiv_(gradient, root.add_(self.eps), value=-rate)
 
 
 class Adam(_Declared, frozen=True, kw_only=True, tag="adam"):
@@ -182,12 +184,12 @@ class FTRL(_Declared, frozen=True, kw_only=True, tag="ftrl"):
         return ("z", "n")
 
     def update(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor], *, step: int, lr: float) -> None:
-        z, n = slots["z"], slots["n"]
-        before = n.sqrt()
-        root = n.addcmul_(grad, grad).sqrt()
-        z.add_(grad, alpha=lr).addcmul_(root - before, param, value=-1)
-        beyond = z.abs().sub_(lr * self.l1).clamp_(min=0)
-        param.copy_(beyond.mul_(z.sign()).neg_().div_(root.add_(self.beta + lr * self.l2)))
+        for weights, gradient, z, n in _pieces(param, grad, slots["z"], slots["n"]):
+            before = n.sqrt()
+            root = n.addcmul_(gradient, gradient).sqrt()
+            z.add_(gradient, alpha=lr).addcmul_(root - before, weights, value=-1)
+            beyond = z.abs().sub_(lr * self.l1).clamp_(min=0)
+            weights.copy_(beyond.mul_(z.sign()).neg_().div_(root.add_(self.beta + lr * self.l2)))
 
 
 class RowwiseAdagrad(_Declared, frozen=True, kw_only=True, tag="rowwise_adagrad"):
@@ -211,3 +213,11 @@ class RowwiseAdagrad(_Declared, frozen=True, kw_only=True, tag="rowwise_adagrad"
 
 Optimizer = SGD | Adagrad | Adam | AdamW | FTRL
 RowOptimizer = Optimizer | RowwiseAdagrad
+
+
+def _pieces(*flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of flat tensors: what is made on the way is as small, and stays in the cache. Whole ones on a GPU."""
+    import torch
+
+    size = _PIECE if flats[0].is_cpu else max(1, len(flats[0]))
+    return zip(*(torch.split(flat, size) for flat in flats), strict=True)

@@ -8,6 +8,8 @@ from typing import Literal, TypedDict
 
 import msgspec
 
+from tricorn.fields import NamedPlan
+
 StrategyName = Literal["ps", "dp", "mp", "ps+dp", "ps+mp"]
 Consistency = Literal["bsp", "ssp", "asp"]
 Stale = Literal["keep", "scale", "compensate", "drop"]
@@ -17,7 +19,7 @@ Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 Embeddings = Literal["whole", "rows", "columns", "tables"]
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=NamedPlan):
     """One way to run a job.
 
     ``servers``, ``consistency`` and ``staleness`` speak of the parameter server: how many servers hold the
@@ -45,6 +47,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     of a parameter server, make that many updates by itself before they meet, by plain ``average`` or by an ``outer``
     step with Nesterov's momentum (DiLoCo); rows of tables are updated in every step.
     ``threads`` is the number of compute threads of each worker; ``None`` divides the machine's cores among them.
+
+    Raises PlanError for fields that there are not. Whether values go together is for ``mistakes`` to say.
     """
 
     strategy: StrategyName

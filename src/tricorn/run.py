@@ -79,10 +79,10 @@ def train(
     """Train the job on this machine's processes and return the trained model and its history.
 
     ``options`` are the fields of ``Plan``, as of ``tricorn train``; a whole ``plan`` may be given instead. Without a
-    ``strategy``, or with ``"auto"``, the planner takes the best plan that has these options (on other engines than this
-    machine's, data parallel). ``resume``
-    names a run to go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``. ``engine`` says
-    where roles run, instead of on this machine: see ``tricorn.engine.hosts.on_hosts``.
+    ``strategy``, or with ``"auto"``, the planner takes the best plan that has these options. ``resume`` names a run to
+    go on with, under any plan. ``checkpoint_every`` is a number of steps, or ``"30s"``. ``engine`` says where roles
+    run, instead of on this machine (see ``tricorn.engine.hosts.on_hosts``); there the planner measures the hosts, and
+    tries for some steps what seems best.
 
     Raises JobFailed for an error of the job's own code or data, PlanError, ClusterError, and Interrupted after
     Ctrl-C, when the run can be resumed.
@@ -95,10 +95,10 @@ def train(
     given = decided(options)
     checked({"strategy": "dp", **given}, beside=inspect.signature(train).parameters)
     if plan is None:
-        if "strategy" in given or engine is not LocalEngine or resume is not None:
+        if "strategy" in given or resume is not None:
             plan = settled(given.pop("strategy", "dp"), given)
         else:
-            plan, expected = choose(job, given)
+            plan, expected = choose(job, given, engine=None if engine is LocalEngine else engine)
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     else:
@@ -170,7 +170,7 @@ def execute(
                     with folders.held(folder):
                         folders.predict(folder, expected.as_dict() if expected else None)
                         leaves = _looks(watch, facts, display, replan=replan)
-                        launcher = _launcher(
+                        launcher = launcher_of(
                             engine, coordinator, facts, plan, timing, folder, display, launch=launch, leaves=leaves
                         )
                         ended = launcher.run()
@@ -223,7 +223,7 @@ def _looks(watch: Watch | None, job: JobFacts, display: Progress, *, replan: boo
     return leaves
 
 
-def _launcher(
+def launcher_of(
     engine: Engine,
     coordinator: tuple[str, int],
     job: JobFacts,
@@ -235,6 +235,7 @@ def _launcher(
     launch: str,
     leaves: Callable[[m.Progress], bool],
 ) -> Launcher:
+    """What runs a job that the engine has loaded, in a new or an earlier run's folder."""
     steps = steps_per_epoch(job.samples, job.batch_size)
     facts = Facts(
         workers=plan.workers, servers=plan.servers, synchronous=plan.synchronous, samples=job.samples,

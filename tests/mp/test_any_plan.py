@@ -19,6 +19,9 @@ from tricorn.job import Job
 from tricorn.state.flat import build_model
 from tricorn.state.shards import CheckpointReader
 
+from . import models
+from .crew import Crew, distance, run_plain_loop
+
 SAMPLES, BATCH, EPOCHS = 29, 8, 2  # 4 steps an epoch, the last of 5 samples
 SAVED, STEPS = 3, 8
 PLANS = {
@@ -31,7 +34,7 @@ PLANS = {
 
 
 @pytest.fixture(scope="module")
-def job(models) -> Job:
+def job() -> Job:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(SAMPLES, 8, generator=generator)
     return Job(
@@ -49,12 +52,12 @@ def everything(reader: CheckpointReader, job: Job) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def saved(models, job, tmp_path_factory):
+def saved(job, tmp_path_factory):
     """Makes the checkpoint of a plan in the midst of its first epoch."""
 
     @cache
     def save(plan: str) -> Path:
-        crew = models.Crew(job, **PLANS[plan])
+        crew = Crew(job, **PLANS[plan])
         try:
             assert crew.join("initial") == [None] * len(crew.trainers)
             crew.train(0, SAVED)
@@ -71,8 +74,8 @@ PAIRS = list(product(NAMES, NAMES)) if "TRICORN_ROUNDS" in os.environ else CIRCL
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_goes_on_under_another_plan(crew, models, job, saved, tmp_path, before, after):
-    expected = models.run_plain_loop(job, lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True))
+def test_goes_on_under_another_plan(crew, job, saved, tmp_path, before, after):
+    expected = run_plain_loop(job, lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True))
     team = crew(job, **PLANS[after])
     folder = saved(before)
     assert team.join("checkpoint", SAVED, folder) == [None] * len(team.trainers)
@@ -82,4 +85,4 @@ def test_goes_on_under_another_plan(crew, models, job, saved, tmp_path, before, 
     team.train(SAVED, STEPS)
     ended = everything(CheckpointReader(team.save(tmp_path / "ended"), STEPS), job)
     weights = {name: ended[f"param/{name}"].view(shape.shape) for name, shape in expected.items()}
-    assert models.distance(weights, expected) <= 1e-10
+    assert distance(weights, expected) <= 1e-10

@@ -180,4 +180,4 @@ def test_bytes_of_stages():
 def test_bytes_of_the_state():
     assert state_bytes(100, 8, optim.Adam(lr=0.1)) == 200 + 200 + 8 + 308
     assert state_bytes(100, 0, optim.Adam(lr=0.1), spread=2) == 200 + 100 + 150
-    assert state_bytes(100, 0, optim.FTRL(lr=0.1)) == 200 + 200 + 400
+    assert state_bytes(100, 0, optim.FTRL(lr=0.1)) == 200 + 200 + 300

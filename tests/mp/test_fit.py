@@ -8,72 +8,25 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import cloudpickle
 import pytest
-import torch
-from torch import nn
-from torch.nn import functional as F
 
 import tricorn
-from tricorn import data, optim
+from tricorn import optim
 from tricorn.dp.memory import resident_bytes
 from tricorn.engine.hosts import on_hosts
 from tricorn.errors import PlanError
 from tricorn.plan import Plan
 from tricorn.testing.hosts import Host, hosts, hosts_unavailable
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # where roles run there is no such module
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "jobs"))
+import fit
+
+cloudpickle.register_pickle_by_value(fit)  # where roles run there is no such module
 
 LIMIT_MB = 715
-TOKENS, WIDTH, HIDDEN = 500, 256, 9216
-IDS, DIM = 156_000, 64
-
-
-class Transformer(nn.Module):
-    """80 MB of weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Embedding(TOKENS, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, HIDDEN, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, TOKENS)
-
-    def forward(self, tokens):
-        return self.head(self.layers(self.tokens(tokens))).transpose(1, 2)
-
-
-class Towers(nn.Module):
-    """80 MB of weights, nearly all of them in two tables."""
-
-    def __init__(self):
-        super().__init__()
-        self.users, self.items = nn.Embedding(IDS, DIM), nn.Embedding(IDS, DIM)
-        self.user, self.item = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, user, item):
-        return (torch.relu(self.user(self.users(user))) * self.item(self.items(item))).sum(-1)
-
-
-def job(model):
-    generator = torch.Generator().manual_seed(0)
-    if model is Transformer:
-        inputs = target = torch.randint(0, TOKENS, (32, 16), generator=generator)
-    else:
-        inputs = tuple(torch.randint(0, IDS, (32,), generator=generator) for _ in range(2))
-        target = torch.randn(32, generator=generator)
-    return tricorn.Job(
-        model=model,
-        loss=F.cross_entropy if model is Transformer else F.mse_loss,
-        optimizer=optim.Adam(lr=1e-3),
-        train=data.arrays(inputs, target),
-        batch_size=8,
-        epochs=1,
-        device="cpu",
-    )
-
-
 # Of models of 80.7 MB: the largest block, and the peak of the fullest worker beside the 237 MB of one without a model,
 # as benchmarks/fit.py measures them.
 PEAKS = [
@@ -100,14 +53,14 @@ def limited():
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("model", [Transformer, Towers] if "TRICORN_ROUNDS" in os.environ else [Transformer])
-def test_what_dies_under_dp_trains_under_mp(limited, model, tmp_path):
+@pytest.mark.parametrize("job", [fit.transformer, fit.towers] if "TRICORN_ROUNDS" in os.environ else [fit.transformer])
+def test_what_dies_under_dp_trains_under_mp(limited, job, tmp_path):
     with pytest.raises(
         PlanError, match=r"dp cannot run this job .* each worker needs \d+ MB at least, and may have \d+ MB"
     ) as refused:
-        tricorn.train(job(model), engine=on_hosts(*limited[:1]), strategy="dp", workers=1, runs=tmp_path)
+        tricorn.train(job, engine=on_hosts(*limited[:1]), strategy="dp", workers=1, runs=tmp_path)
     assert "--strategy mp" in refused.value.remedy
-    result = tricorn.train(job(model), engine=on_hosts(*limited), strategy="mp", workers=2, runs=tmp_path)
+    result = tricorn.train(job, engine=on_hosts(*limited), strategy="mp", workers=2, runs=tmp_path)
     assert result.summary["outcome"] == "done"
     assert result.summary["restarts"] == 0
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

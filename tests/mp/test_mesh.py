@@ -20,6 +20,9 @@ from tricorn.mp.mesh import Mesh, Place
 from tricorn.plan import Plan
 from tricorn.strategy import Outcome
 
+from . import models
+from .crew import distance, run_plain_loop
+
 SAMPLES, BATCH, EPOCHS = 13 * 2 + 1, 13, 4  # a last batch of one sample: all but one replica have none
 
 
@@ -71,7 +74,7 @@ MESHES = {
 }  # fmt: skip
 
 
-def test_computing_is_told_without_waiting(crew, models, job):
+def test_computing_is_told_without_waiting(crew, job):
     class Slow(nn.Tanh):
         def forward(self, x):
             time.sleep(0.25)
@@ -87,14 +90,14 @@ def test_computing_is_told_without_waiting(crew, models, job):
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_tied_weights_over_stages(crew, models, job, cuts, replicas, clip):
+def test_tied_weights_over_stages(crew, job, cuts, replicas, clip):
     inputs = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(2))
     train = data.arrays(inputs, torch.arange(SAMPLES) % 6)
     this = job(models.Tied, train=train, clip_norm=clip)
     team = crew(this, (len(cuts) + 1) * replicas, cuts, replicas=replicas)
     assert team.join("initial") == [None] * len(team.trainers)
     team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, adam)) <= 1e-10
 
 
 @pytest.mark.parametrize(("mesh", "rank", "source"), [
@@ -102,7 +105,7 @@ def test_tied_weights_over_stages(crew, models, job, cuts, replicas, clip):
     ("dp2 x pp2", 2, Source("peer", 3, {"stage0": 0})),
     ("dp2 x pp2 zero", 1, Source("checkpoint", 2, {})),
 ])  # fmt: skip
-def test_a_lost_worker_takes_its_part_from_its_copy_or_a_checkpoint(crew, models, job, tmp_path, mesh, rank, source):
+def test_a_lost_worker_takes_its_part_from_its_copy_or_a_checkpoint(crew, job, tmp_path, mesh, rank, source):
     this = job(models.sequential)
     team = crew(this, cuts=(3,), **MESHES[mesh])
     team.join("initial")
@@ -114,10 +117,10 @@ def test_a_lost_worker_takes_its_part_from_its_copy_or_a_checkpoint(crew, models
     assert [type(error) for error in failed] == [PeerLost] * 3
     assert team.recover(tmp_path, 2) == source
     team.train(source.step)
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, adam)) <= 1e-10
 
 
-def test_copies_of_two_stages_come_from_different_replicas(crew, models, job):
+def test_copies_of_two_stages_come_from_different_replicas(crew, job):
     this = job(models.sequential)
     team = crew(this, 4, (3,), replicas=2)
     team.join("initial")
@@ -127,10 +130,10 @@ def test_copies_of_two_stages_come_from_different_replicas(crew, models, job):
     assert team.recover() == Source("peer", 3, {"stage0": 2, "stage1": 1})
     assert [trainer._cuts for trainer in team.trainers] == [(3,)] * 4
     team.train(3)
-    assert models.distance(team.weights(), models.run_plain_loop(this, adam)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, adam)) <= 1e-10
 
 
-def test_replicas_agree_on_what_forward_writes_into_buffers(crew, models, job):
+def test_replicas_agree_on_what_forward_writes_into_buffers(crew, job):
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from tricorn import data, optim
 from tricorn.job import Job
 
+from . import models
+from .crew import distance, run_plain_loop
+
 # Nothing divides 13, and the last batch of each epoch has 2 samples: fewer than there are microbatches.
 SAMPLES, BATCH, EPOCHS = 13 * 4 + 2, 13, 4
 
@@ -28,7 +31,7 @@ def token_loss(output_BVL: torch.Tensor, target_BL: torch.Tensor) -> torch.Tenso
 
 
 @pytest.fixture
-def job(models):
+def job():
     def make(name: str = "sequential", **fields) -> Job:
         generator = torch.Generator().manual_seed(1)
         shape = (1, 8, 8) if name == "Chain" else (8,)
@@ -71,58 +74,58 @@ def language_job(job):
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_numbers(crew, models, job, name, precision, stages):
+def test_same_numbers(crew, job, name, precision, stages):
     declared, made = OPTIMIZERS[name]
     this = job(optimizer=declared, precision=precision)
     team = crew(this, stages)
     team.join("initial")
     losses = team.train()
     assert losses[-1] < losses[0]
-    assert models.distance(team.weights(), models.run_plain_loop(this, made)) <= BOUNDS[name, precision]
+    assert distance(team.weights(), run_plain_loop(this, made)) <= BOUNDS[name, precision]
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 100])
 @pytest.mark.parametrize("model", ["nested", "Chain", "Residual", "Listed", "Wide"])
-def test_same_numbers_for_every_kind_of_model(crew, models, job, model, microbatches):
+def test_same_numbers_for_every_kind_of_model(crew, job, model, microbatches):
     declared, made = OPTIMIZERS["sgd"]
     this = job(model, optimizer=declared, precision="float64", epochs=2)
     team = crew(this, 3, microbatches=microbatches)
     team.join("initial")
     team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, made)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, made)) <= 1e-10
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clip_norm_and_schedule(crew, models, job, name, stages):
+def test_clip_norm_and_schedule(crew, job, name, stages):
     declared, made = OPTIMIZERS[name]
     this = job(optimizer=declared, precision="float64", clip_norm=0.3, schedule=lambda step: 1.0 / (1 + step))
     team = crew(this, stages)
     team.join("initial")
     team.train()
     unclipped = job(optimizer=declared, precision="float64", schedule=this.schedule)
-    assert models.distance(team.weights(), models.run_plain_loop(this, made)) <= 1e-10
-    assert models.distance(team.weights(), models.run_plain_loop(unclipped, made)) > 1e-3
+    assert distance(team.weights(), run_plain_loop(this, made)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(unclipped, made)) > 1e-3
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_counted_tokens(crew, models, language_job, name, stages):
+def test_counted_tokens(crew, language_job, name, stages):
     declared, made = OPTIMIZERS[name]
     this = language_job(optimizer=declared, precision="float64")
     team = crew(this, stages, microbatches=BATCH)
     team.join("initial")
     team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, made)) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, made)) <= 1e-10
 
 
-def test_a_stage_without_weights(crew, models, job):
+def test_a_stage_without_weights(crew, job):
     this = job("Listed", precision="float64", epochs=1)
     team = crew(this, 3, (1, 3))  # the first stage only doubles its input
     team.join("initial")
     assert team.trainers[0]._state.weights_N.numel() == 0
     team.train()
-    assert models.distance(team.weights(), models.run_plain_loop(this, OPTIMIZERS["sgd"][1])) <= 1e-10
+    assert distance(team.weights(), run_plain_loop(this, OPTIMIZERS["sgd"][1])) <= 1e-10
 
 
 def test_bfloat16_keeps_float32_weights_and_learns(crew, job):
@@ -137,8 +140,9 @@ def test_nothing_slow_is_imported_to_train(job):
     """Start-up and recovery wait for every import."""
     program = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from conftest import Crew, sequential
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from mp.crew import Crew
+from mp.models import sequential
 from tricorn import data, optim
 from tricorn.job import Job
 job = Job(model=sequential, loss=torch.nn.functional.cross_entropy, optimizer=optim.SGD(lr=0.1), batch_size=8, epochs=1,

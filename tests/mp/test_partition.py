@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
-import weakref
 
 import numpy as np
 import pytest
@@ -13,9 +11,11 @@ import torch
 from torch import nn
 
 from tricorn.errors import PlanError
-from tricorn.mp import wire
-from tricorn.mp.partition import Stage, blocks, legal_cuts, refusal, tied
+from tricorn.mp.partition import Stage, blocks, legal_cuts, refusal
 from tricorn.state.flat import call_model
+
+from . import models
+from .models import Setting
 
 CPU = torch.device("cpu")
 INPUTS = {
@@ -31,7 +31,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_stages_one_after_another_are_the_model(models, name, training):
+def test_stages_one_after_another_are_the_model(name, training):
     torch.manual_seed(0)
     model = getattr(models, name)().train(training)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_stages_one_after_another_are_the_model(models, name, training):
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_stages_share_out_the_tensors_under_the_names_of_the_model(models, name):
+def test_stages_share_out_the_tensors_under_the_names_of_the_model(name):
     model = getattr(models, name)()
     found = blocks(model, 2)
     cut = legal_cuts(found)[len(legal_cuts(found)) // 2]
@@ -57,11 +57,11 @@ def test_stages_share_out_the_tensors_under_the_names_of_the_model(models, name)
         assert len(named) == len({name for name, _ in named})
 
 
-def test_nested_sequentials_are_cut_inside(models):
+def test_nested_sequentials_are_cut_inside():
     assert [block.name for block in blocks(models.nested(), 2)] == ["0.0", "0.1.0", "0.1.1", "1", "2"]
 
 
-def test_one_value_is_preferred_to_several(models):
+def test_one_value_is_preferred_to_several():
     # Looked into, each block is a layer, a tanh and a sum, and only the sum is alone in use.
     names = [block.name for block in blocks(models.Wide(), 1)]
     assert names == ["add", "add_1", "add_2", "add_3", "body.head", "mul", "add_4"]
@@ -69,12 +69,12 @@ def test_one_value_is_preferred_to_several(models):
     assert finer[:3] == ["body.blocks.0.inner", "tanh", "add"]
 
 
-def test_submodules_are_looked_into_only_when_too_few(models):
+def test_submodules_are_looked_into_only_when_too_few():
     assert blocks(models.Residual(), 1)[0].name == "blocks.0"
     assert len(blocks(models.Wide(), 1)) == 7
 
 
-def test_looking_at_a_model_changes_nothing(models):
+def test_looking_at_a_model_changes_nothing():
     model = models.Chain()
     chance, python_chance = torch.get_rng_state(), random.getstate()
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -100,7 +100,7 @@ def test_functional_dropout_is_off_in_evaluation():
     assert torch.equal(stage.eval()(x), model.eval()(x))
 
 
-def test_an_error_in_a_block_names_the_users_line(models):
+def test_an_error_in_a_block_names_the_users_line():
     from tricorn.errors import users_line
 
     model = models.Chain()
@@ -108,18 +108,8 @@ def test_an_error_in_a_block_names_the_users_line(models):
     stage = Stage(model, found, 0, len(found), CPU)
     with pytest.raises(RuntimeError) as raised:
         stage(torch.randn(2, 1, 6, 6))
-    assert "conftest.py" in users_line(raised.value)
+    assert "models.py" in users_line(raised.value)
     assert users_line(raised.value).endswith("in forward: return self.head(self.dropout(x))")
-
-
-class Setting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.calls = nn.Linear(6, 6), nn.Linear(6, 6), 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.b(self.a(x))
 
 
 class Drawing(Setting):
@@ -177,7 +167,7 @@ def _hooked():
         ("Deciding", r"Deciding cannot be followed .*control flow.*; make it a plain chain .* or give it a method"),
     ],
 )
-def test_a_model_that_cannot_be_listed_says_what_to_change(models, model, message):
+def test_a_model_that_cannot_be_listed_says_what_to_change(model, message):
     made = getattr(models, model)() if isinstance(model, str) else model()
     before = [(n, getattr(made, n, None)) for n in ("calls", "training")]
     with pytest.raises(PlanError, match=message):
@@ -193,7 +183,7 @@ def test_a_model_that_cannot_be_listed_says_what_to_change(models, model, messag
         ("Again", 6, "Again uses norm, which keeps statistics .* into 5 stages at most, not 6; use GroupNorm or"),
     ],
 )
-def test_a_model_that_cannot_be_cut_often_enough_says_what_to_change(models, name, stages, message):
+def test_a_model_that_cannot_be_cut_often_enough_says_what_to_change(name, stages, message):
     import re
 
     model = Again() if name == "Again" else getattr(models, name)()
@@ -236,210 +226,3 @@ class Again(nn.Module):
     def forward(self, x):
         a, b, c, d, e = self.layers
         return e(d(self.norm(c(self.norm(b(a(x)))))))
-
-
-class Skips(nn.Module):
-    """Skip connections over the whole model, as in a U-Net."""
-
-    def __init__(self):
-        super().__init__()
-        self.down = nn.ModuleList(nn.Conv1d(c, 2 * c, 3, padding=1) for c in (2, 4, 8))
-        self.up = nn.ModuleList(nn.Conv1d(2 * c, c // 2, 3, padding=1) for c in (16, 8))
-        self.end = nn.Conv1d(8, 3, 1)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        kept = []
-        for layer in self.down:
-            x = self.act(layer(x))
-            kept.append(x)
-        for layer, skip in zip(self.up, (kept[2], kept[1]), strict=True):
-            x = self.act(layer(torch.cat([x, skip], 1)))
-        return self.end(torch.cat([x, kept[0]], 1))
-
-
-class Language(nn.Module):
-    """A decoder as people write it: positions, a causal mask, sizes used late, and a tied head."""
-
-    class Layer(nn.Module):
-        def __init__(self, width, heads):
-            super().__init__()
-            self.heads = heads
-            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-        def forward(self, x, mask):
-            B, L, D = x.shape
-            q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-            q, k, v = (part.view(B, L, self.heads, D // self.heads).transpose(1, 2) for part in (q, k, v))
-            scores = (q @ k.transpose(-2, -1)) / (D // self.heads) ** 0.5
-            y = scores.masked_fill(mask[:L, :L], float("-inf")).softmax(-1) @ v
-            x = x + self.out(y.transpose(1, 2).reshape(B, L, D))
-            return x + self.mlp(self.norm2(x))
-
-    def __init__(self):
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(11, 8), nn.Embedding(9, 8)
-        self.layers = nn.ModuleList(self.Layer(8, 2) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, tokens, weight=None, *, scale: float = 1.0):
-        B, L = tokens.size()
-        x = self.tokens(tokens) + self.places(torch.arange(L, device=tokens.device))
-        mask = torch.ones(L, L, dtype=torch.bool, device=tokens.device).triu(1)
-        for layer in self.layers:
-            x = layer(x, mask)
-        if weight is not None:
-            x = x * weight
-        x = self.head(self.norm(x)) * scale
-        return x.view(B * L, -1)
-
-
-class Towers(nn.Module):
-    """Two towers whose inputs meet at the end, one of them used late."""
-
-    def __init__(self):
-        super().__init__()
-        self.users, self.items = nn.Embedding(13, 6), nn.EmbeddingBag(17, 6)
-        self.user = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
-        self.item = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
-
-    def forward(self, user, items, price):
-        a = self.user(self.users(user))
-        b = self.item(self.items(items))
-        return (a * b).sum(-1) + price
-
-
-class Recurrent(nn.Module):
-    """A layer that returns a tuple, and memory that is looked at twice and changed in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.cells, self.head = nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 6)
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, x):
-        out, (hidden, _) = self.cells(x)
-        y = self.head(out)
-        first = y[:, 0]
-        y.mul_(2.0)
-        y += hidden.transpose(0, 1)
-        return self.last(y).sum(1) + self.last(first)
-
-
-class Torchs(nn.Module):
-    """PyTorch's own chain of layers."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 3, nn.LayerNorm(8), enable_nested_tensor=False)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.encoder(x))
-
-
-class Partly(nn.Module):
-    """One submodule decides by values, and another counts its calls: each is one step."""
-
-    def __init__(self, deciding):
-        super().__init__()
-        self.first, self.deciding, self.last = nn.Linear(6, 6), deciding(), nn.Linear(6, 6)
-        self.counting = Setting()
-
-    def forward(self, x):
-        return self.last(self.counting(self.deciding(self.first(x))))
-
-
-def _partly(models):
-    return Partly(models.Deciding)
-
-
-TOKENS = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(1))
-GRAPHS = {
-    "Skips": (Skips, torch.randn(3, 2, 8)),
-    "Language": (Language, TOKENS),
-    "Towers": (Towers, (torch.arange(3), TOKENS, torch.randn(3))),
-    "Recurrent": (Recurrent, torch.randn(3, 4, 6)),
-    "Torchs": (Torchs, torch.randn(3, 4, 8)),
-    "Partly": (_partly, torch.randn(3, 6)),
-}
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_graph_is_cut_anywhere_and_its_gradients_are_the_models(models, name):
-    torch.manual_seed(0)
-    made, inputs = GRAPHS[name]
-    model = made(models) if made is _partly else made()
-    model = model.double()
-    inputs = tuple(
-        i.double() if i.is_floating_point() else i for i in (inputs if isinstance(inputs, tuple) else [inputs])
-    )
-    found = blocks(model, 4, inputs)
-    assert len(found) >= 4
-    call_model(model, inputs).square().sum().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    tried = 0
-    for cut in legal_cuts(found):
-        first, last = Stage(model, found, 0, cut, CPU), Stage(model, found, cut, len(found), CPU)
-        handed_on = first(inputs)
-        if wire.obstacle(handed_on):
-            continue
-        tried += 1
-        received = [part.detach().clone().requires_grad_(part.requires_grad) for part in wire.tensors(handed_on)]
-        copies = [part.clone() for part in received]
-        output = last(copies[0] if isinstance(handed_on, torch.Tensor) else tuple(copies))
-        model.zero_grad()
-        output.square().sum().backward()
-        wanted = [(part, like.grad) for part, like in zip(wire.tensors(handed_on), received, strict=True)]
-        wanted = [(part, grad) for part, grad in wanted if part.requires_grad and grad is not None]
-        if wanted:
-            torch.autograd.backward([part for part, _ in wanted], [grad for _, grad in wanted])
-        for parameter, gradient in expected.items():
-            assert torch.allclose(model.get_parameter(parameter).grad, gradient, rtol=1e-10, atol=1e-12), (
-                cut,
-                parameter,
-            )
-    assert tried >= 3
-
-
-def test_tied_parameters_are_reported_with_the_stages_that_hold_them():
-    model = Language()
-    found = blocks(model, 2, TOKENS)
-    cuts = legal_cuts(found)
-    assert cuts == list(range(1, len(found)))
-    middle = len(found) // 2
-    assert tied(model, found, (middle,)) == {"tokens.weight": (0, 1)}
-    assert tied(model, found, (middle, middle + 1)) == {"tokens.weight": (0, 2)}
-    assert tied(model, found, ()) == {}
-    stages = [Stage(model, found, 0, middle, CPU), Stage(model, found, middle, len(found), CPU)]
-    assert all("tokens.weight" in dict(stage.named_parameters()) for stage in stages)
-
-
-def test_a_stage_keeps_nothing_of_the_others_alive():
-    model = Language()
-    found = blocks(model, 2, TOKENS)
-    stage = Stage(model, found, len(found) - 1, len(found), CPU)
-    others = weakref.ref(model), weakref.ref(model.layers[0].qkv.weight)
-    del model, found
-    gc.collect()
-    assert [other() for other in others] == [None, None]
-    assert stage.last
-
-
-def test_what_the_first_sample_lacks_keeps_its_default_and_must_not_come():
-    model = Language()
-    found = blocks(model, 2, {"tokens": TOKENS})
-    stage = Stage(model, found, 0, 1, CPU)
-    stage({"tokens": TOKENS})
-    with pytest.raises(PlanError, match="called with weight, which the first sample has not"):
-        stage({"tokens": TOKENS, "weight": torch.ones(8)})
-
-
-def test_a_submodule_that_cannot_be_followed_is_named_where_it_is_in_the_way(models):
-    with pytest.raises(PlanError, match="forward of Deciding cannot be followed"):
-        blocks(Partly(models.Deciding), 30)
-    assert "deciding" in [block.name for block in blocks(_partly(models), 2)]

@@ -19,6 +19,9 @@ from tricorn.state.flat import FlatState, build_model
 from tricorn.state.shards import CheckpointReader
 from tricorn.strategy import Batch, Outcome, Seat, Wishes, find
 
+from . import models
+from .crew import distance, share_of
+
 SAMPLES, BATCH, STEPS = 60, 10, 6
 # Where weights must be equal bit for bit: the kernels of optimizers round by where in memory a weight lies.
 CUTS = (2, 4)
@@ -43,7 +46,7 @@ class Trap:
 
 
 @pytest.fixture
-def job(models):
+def job():
     def make(model="sequential", width=8, **fields) -> Job:
         generator = torch.Generator().manual_seed(3)
         given = {
@@ -118,7 +121,7 @@ def test_a_replaced_stage_takes_the_cuts_in_force_and_a_checkpoint(crew, job, un
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_any_number_of_stages_goes_on_from_a_checkpoint(crew, models, job, undisturbed, tmp_path, stages):
+def test_any_number_of_stages_goes_on_from_a_checkpoint(crew, job, undisturbed, tmp_path, stages):
     team = crew(job(), 3)
     team.join("initial")
     team.train(0, 4)
@@ -128,10 +131,10 @@ def test_any_number_of_stages_goes_on_from_a_checkpoint(crew, models, job, undis
     assert_equal(other.weights(), team.weights())
     other.train(4)
     # The cuts may differ, never the weights by more than the order of a sum.
-    assert models.distance(other.weights(), undisturbed) <= 1e-5
+    assert distance(other.weights(), undisturbed) <= 1e-5
 
 
-def test_a_plain_model_takes_up_a_checkpoint_of_three_stages_and_gives_one_back(crew, models, job, tmp_path):
+def test_a_plain_model_takes_up_a_checkpoint_of_three_stages_and_gives_one_back(crew, job, tmp_path):
     team = crew(job("Wide"), 3)
     team.join("initial")
     team.train(0, 4)
@@ -235,7 +238,7 @@ def test_wishes_counts_and_bytes_are_agreed(crew, job):
     assert all(now >= before for now, before in zip([t.bytes_sent for t in team.trainers], sent, strict=True))
 
 
-def test_buffers_are_as_before_a_step_that_failed(crew, job, models):
+def test_buffers_are_as_before_a_step_that_failed(crew, job):
     trap = Trap()
     made = crew(
         job(lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)), loss=trap), 2, microbatches=1
@@ -264,14 +267,12 @@ class Dropping(nn.Module):
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 7, 20])
-def test_the_last_stage_judges_every_sample_once(crew, models, job, stages, samples):
+def test_the_last_stage_judges_every_sample_once(crew, job, stages, samples):
     team = crew(job("Residual"), stages)
     team.join("initial")
     inputs, target = team.job.train.inputs[:samples], team.job.train.target[:samples]
     judged: list[tuple[torch.Tensor, Batch]] = []
-    team.each(
-        lambda _, t: t.evaluate(models.share_of(team.job, inputs, target, t), samples, lambda *a: judged.append(a))
-    )
+    team.each(lambda _, t: t.evaluate(share_of(team.job, inputs, target, t), samples, lambda *a: judged.append(a)))
     assert torch.equal(torch.cat([batch.target for _, batch in judged]), target)
     assert sum(batch.samples for _, batch in judged) == sum(batch.count for _, batch in judged) == samples
     with torch.no_grad():

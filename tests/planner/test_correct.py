@@ -53,8 +53,9 @@ def test_the_next_prediction_is_what_was_seen(plan: Plan) -> None:
     said = measured(plan, on, compute=1.7, data=3.0, besides=0.4)
     taught = of(plan, after(plan, on, said, 10_000))
     assert taught.seconds == pytest.approx(said["step"], rel=0.01)
-    assert taught.terms["compute"] == pytest.approx(said["compute"], rel=0.01)
     assert taught.terms["data"] == pytest.approx(said["data"], rel=0.01)
+    if plan.dense != "mp":  # whose workers compute and wait by turns, so that only both together are known
+        assert taught.terms["compute"] == pytest.approx(said["compute"], rel=0.01)
 
 
 def test_a_few_steps_teach_little_and_many_steps_all() -> None:

@@ -15,7 +15,7 @@ import tricorn
 from tricorn.control.messages import HEADER
 from tricorn.errors import ProtocolError, UserCodeError
 from tricorn.plan import Plan
-from tricorn.planner import computing, profiler
+from tricorn.planner import computing, profiler, splitting
 from tricorn.planner.beside import beside
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.load import Quiet
@@ -32,6 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forks need a process of one thread; and a few rounds do."""
     assert threading.active_count() == 1
     monkeypatch.setattr(computing, "POINT_SECONDS", 0.005)
+    monkeypatch.setattr(splitting, "MOST_TRIES", 1)
     monkeypatch.setattr(profiler, "Quiet", partial(Quiet, patience=0.0))
 
 
@@ -84,12 +85,17 @@ def test_a_plain_job() -> None:
     assert (found.samples, found.batch_size, found.steps) == (SAMPLES, 16, 4)
     assert found.elements == 8 * 32 + 32 + 32 * 32 + 32 + 32 * 4 + 4
     assert (found.slots, found.parameters, found.element_bytes) == (2, 6, 4)
+    assert found.shapes == ((32, 8), (32,), (32, 32), (32,), (4, 32), (4,))
+    assert found.gathered == 2 * found.elements - 288  # nothing before the first layer wants a gradient
     assert set(found.compute) == {"1x2", "2x1", "1x1"} == set(found.update)
     assert [point.x for point in found.compute["1x1"].points] == [2, 8, 16]
     assert all(0 < point.seconds < 1 for curve in found.compute.values() for point in curve.points)
     assert [layer.elements for layer in found.layers if layer.elements] == [288, 1056, 132]
     assert found.layers[0].output_bytes == 4 * 32 * 4
     assert found.input_bytes == 32
+    assert found.splitting is not None
+    assert found.splitting.steps is not None
+    assert [point.x for point in found.splitting.steps.points] == [4, 16]
     assert 288 <= found.kept_bytes < 500  # its inputs, what each Tanh makes, and what the loss needs
     assert not found.unmeasured
     assert told
@@ -106,6 +112,8 @@ def test_less_data_than_a_batch_is_measured_as_it_is() -> None:
     found = profile(job(layered, torch.randn(5, 8)), "small", 1, str)
     assert [point.x for point in found.compute["1x1"].points] == [1, 3, 5]
     assert [point.x for point in found.load.points] == [1, 5]
+    assert found.splitting is not None
+    assert found.splitting.steps is None  # where two workers would only take turns
     assert found.computing(1, 1, 5)[0] > 0
 
 

@@ -10,10 +10,12 @@ import pytest
 
 from tricorn.comm.sockets import Address
 from tricorn.job import Job
+from tricorn.ps.dial import dial
 from tricorn.ps.server import Server
-from tricorn.ps.transport import Transport, dial
+from tricorn.ps.transport import Transport
 
 from .cluster import SECRET, Cluster
+from .hub import Build, Hub
 
 
 @pytest.fixture(params=["shared", "tcp"])
@@ -35,6 +37,18 @@ def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
         def build(job: Job, *, workers: int = 2, servers: int = 1, **plan: Any) -> Cluster:
             built = Cluster(job, workers=workers, servers=servers, folder=tmp_path, **plan)
+            stack.callback(built.close)
+            return built
+
+        yield build
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Build]:
+    with contextlib.ExitStack() as stack:
+
+        def build(*specs: Any, **options: Any) -> Hub:
+            built = Hub(tmp_path, *specs, **options)
             stack.callback(built.close)
             return built
 

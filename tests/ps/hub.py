@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tricorn import optim
@@ -15,12 +16,16 @@ from tricorn.errors import ProtocolError, TricornError
 from tricorn.optim import RowOptimizer
 from tricorn.ps.client import Client
 from tricorn.ps.placement import bucket_ranges
+from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.service import Beginning, Service
+from tricorn.ps.sparse.initial import initial_rows
 from tricorn.ps.sparse.spec import TableSpec
 from tricorn.ps.table import Description
 from tricorn.ps.wire import Header, Op, decode_error, encode_error
 from tricorn.state.shards import Piece, write_shard
 from tricorn.table import Table
+
+F64 = torch.float64
 
 
 def spec(
@@ -202,7 +207,39 @@ class Hub:
             host.service.close()
 
 
+Build = Callable[..., Hub]
+
+
 def _with_buckets(each: TableSpec, buckets: tuple[int, int]) -> TableSpec:
     return TableSpec(
         each.name, each.dim, each.dtype, each.seed, each.declared, each.optimizer, buckets, each.prefilled
     )  # fmt: skip
+
+
+def wanted(ids: Any, table: int = 0, dim: int = 4) -> Wanted:
+    """What a client reads these rows into; nobody has filled it yet."""
+    ids_U = torch.as_tensor(ids, dtype=torch.int64)
+    return Wanted(table, ids_U, torch.full((len(ids_U), dim), torch.nan, dtype=F64))
+
+
+def read(client: Client, ids: Any, table: int = 0, **options: Any) -> torch.Tensor:
+    """The rows as the servers give them now."""
+    asked = wanted(ids, table)
+    client.read_rows([asked], **options)
+    return asked.out_UD
+
+
+def gradients(ids: Any, value: float | torch.Tensor, table: int = 0) -> RowGradients:
+    """Of rows of four, all of one value unless that has the rows' shape."""
+    ids_U = torch.as_tensor(ids, dtype=torch.int64)
+    return RowGradients(table, ids_U, torch.zeros(len(ids_U), 4, dtype=F64) + value)
+
+
+def initial(ids: Any, name: str = "emb", std: float = 1.0) -> torch.Tensor:
+    """What rows are before their first gradient, by the table's name and ``std``."""
+    return torch.from_numpy(initial_rows(7, name, np.asarray(ids), std, 4, "float64"))
+
+
+def dense(value: float = 0.0) -> torch.Tensor:
+    """Weights or gradient of the dense part."""
+    return torch.full((Hub.N,), value, dtype=F64)

@@ -21,7 +21,7 @@ from tricorn.strategy import Outcome
 from tricorn.table import Table
 from tricorn.worker.rounds import OUTER, round_ends
 
-from . import test_tables
+from . import tables
 from .cluster import Cluster, batches, distance, make_job, step_of
 
 Build = Callable[..., Cluster]
@@ -107,19 +107,19 @@ def test_the_weights_are_those_of_plain_pytorch(
 @pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize("fields", [{}, FALLING])
 def test_rows_are_updated_in_every_step(cluster: Build, fields: dict[str, Any]) -> None:
-    job = test_tables.make_job(**fields)
+    job = tables.make_job(**fields)
     run = cluster(job, workers=2, servers=2, local_steps=3)
     run.join("initial")
-    test_tables.train(run, 0, 12)
-    found = test_tables.whole(run, 12)
+    tables.train(run, 0, 12)
+    found = tables.whole(run, 12)
     for name, weight in by_hand(job, 2, 3, "nesterov", 12).items():
         assert distance(found[name], weight) <= 1e-12, name
 
 
 def test_rows_may_be_asynchronous(cluster: Build) -> None:
-    run = cluster(test_tables.make_job(), workers=2, local_steps=3, sparse_consistency="asp")
+    run = cluster(tables.make_job(), workers=2, local_steps=3, sparse_consistency="asp")
     run.join("initial")
-    test_tables.train(run, 0, 12)
+    tables.train(run, 0, 12)
     assert run.regroup() == [[12]]
     assert run.servers[0].staleness()[1] > 0
 
@@ -192,17 +192,17 @@ def test_a_round_whose_decision_nobody_saw_is_run_again(cluster: Build) -> None:
 
 
 def test_in_the_midst_of_a_round_with_rows_there_is_only_the_checkpoint(cluster: Build) -> None:
-    job = test_tables.make_job()
+    job = tables.make_job()
     run = cluster(job, servers=2, local_steps=3)
     run.join("initial")
-    test_tables.train(run, 0, 3)
+    tables.train(run, 0, 3)
     run.each(lambda trainer: write_shard(run.folder / "3", f"{trainer}.safetensors", trainer.pieces()))
-    test_tables.train(run, 3, 5)
+    tables.train(run, 3, 5)
     assert run.regroup() == [[], []]
     run.replace_worker(0)
     run.join("checkpoint", 3)
-    test_tables.train(run, 3, 12)
-    found = test_tables.whole(run, 12)
+    tables.train(run, 3, 12)
+    found = tables.whole(run, 12)
     for name, weight in by_hand(job, 2, 3, "nesterov", 12).items():
         assert distance(found[name], weight) <= 1e-12, name
 
@@ -264,7 +264,7 @@ def test_a_step_beyond_the_round_or_with_half_of_a_gradient_is_refused(cluster: 
     [
         (make_job, {"consistency": "asp"}, "asp lends steps to workers one by one"),
         (make_job, {"compress": "powersgd"}, "powersgd"),
-        (lambda: test_tables.make_job(model=TableAlone, tables={"0": Table()}), {}, "all that the model trains"),
+        (lambda: tables.make_job(model=TableAlone, tables={"0": Table()}), {}, "all that the model trains"),
     ],
 )
 def test_why_not(job: Callable[[], Job], options: dict[str, Any], why: str) -> None:

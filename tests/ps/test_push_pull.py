@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ from tricorn.ps.client import Client
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.wire import DUPLICATE, Header, Op
 
-from .hub import Hub, spec
+from .hub import F64, Build, Hub, spec
 
-Build = Callable[..., Hub]
-F64 = torch.float64
 IDS = torch.arange(5)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -13,23 +10,14 @@ import torch
 from tricorn.ps.client import Client
 from tricorn.ps.rows import RowGradients, Wanted
 
-from .hub import Hub, spec
+from .hub import F64, Build, Hub, spec
 
-Build = Callable[..., Hub]
-F64 = torch.float64
 IDS = torch.arange(6)
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Build]:
-    with ExitStack() as stack:
-
-        def build(**options: Any) -> Hub:
-            built = Hub(tmp_path, spec(std=0.0), consistency="asp", workers=2, **options)
-            stack.callback(built.close)
-            return built
-
-        yield build
+def hub(hub: Build) -> Build:
+    return partial(hub, spec(std=0.0), consistency="asp", workers=2)
 
 
 def state(client: Client) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,10 +24,11 @@ from tricorn.comm.sockets import connect
 from tricorn.errors import ClusterError, PeerLost, ProtocolError
 from tricorn.ps import memory
 from tricorn.ps.client import Client
+from tricorn.ps.dial import REFUSED, dial
 from tricorn.ps.server import Server
 from tricorn.ps.shared import SharedTransport, new_segment
 from tricorn.ps.table import Description
-from tricorn.ps.transport import REFUSED, TcpTransport, dial
+from tricorn.ps.transport import TcpTransport
 
 from .cluster import SECRET
 

@@ -1,5 +1,6 @@
 """What is drawn, as numbers."""
 
+import re
 from itertools import pairwise
 from math import inf, nan
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tricorn.report.charts import HEIGHT, MOST, WIDTH, Bar, Mark, _axis, _thinned, bars, line
+from tricorn.report.charts import HEIGHT, MOST, WIDTH, Bar, Mark, _axis, _thinned, bars, line, table
 
 FLOATS = st.floats(-1e199, 1e199)
 
@@ -59,3 +60,15 @@ def test_nothing_to_draw_is_said() -> None:
 def test_texts_are_escaped() -> None:
     assert "<b>" not in line([(0.0, 1.0)], x="<b>", y="<b>", marks=[Mark(0.0, "<b>", True)])
     assert "<b>" not in bars([("<b>", [Bar("", 1.0, "<b>")])])
+
+
+def test_a_table_leaves_out_empty_columns_and_its_numbers_stand_right() -> None:
+    drawn = table(("role", "nothing", "steps", "loss"), [("a", "", 1000, "not finite"), ("b", None, 0, 0.5)])
+    rows = [re.findall(r"<t[hd]( class=number)?>(.*?)</t", row) for row in drawn.split("<tr>")[1:]]
+    number = " class=number"
+    assert rows == [
+        [("", "role"), (number, "steps"), (number, "loss")],
+        [("", "a"), (number, "1,000"), (number, "not finite")],
+        [("", "b"), (number, "0"), (number, "0.5")],
+    ]
+    assert "<td" not in table(("role",), [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tricorn import optim
 from tricorn.errors import JobFailed, in_words
@@ -53,6 +54,25 @@ def test_a_loss_that_is_a_sum_is_refused() -> None:
     with pytest.raises(JobFailed, match="is a sum over the samples") as raised:
         forward_backward(job, build_model(job), Batch(inputs, target, 7, 7))
     assert "reduction=" in raised.value.remedy
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # which workers would say in their logs only
+@pytest.mark.parametrize(
+    "loss", [lambda o, t: nn.functional.mse_loss(o, t), lambda o, t: (o - t).abs().mean()], ids=["mse", "l1"]
+)
+def test_a_loss_of_all_pairs_of_outputs_and_targets_is_refused(loss) -> None:
+    inputs, target = torch.randn(7, 3), torch.randn(7)
+    job = make_job(model=lambda: nn.Linear(3, 1), loss=loss)
+    with pytest.raises(JobFailed, match=r"every target, .* \(7, 1\) is broadcast against .* \(7,\)") as raised:
+        forward_backward(job, build_model(job), Batch(inputs, target, 7, 7))
+    assert "squeeze" in raised.value.remedy
+
+
+@pytest.mark.parametrize("target", [torch.arange(7.0), torch.ones(7), torch.arange(7) // 4], ids=["all", "one", "two"])
+def test_a_loss_that_brings_shapes_together_is_accepted(target) -> None:
+    """Outputs that are all the same have the same loss with any order of the targets."""
+    job = make_job(model=lambda: nn.Linear(3, 1), loss=lambda o, t: (o.squeeze(1) - t).square().mean())
+    assert forward_backward(job, build_model(job), Batch(torch.zeros(7, 3), target, 7, 7)) > 0
 
 
 def test_what_does_not_match_is_told_with_its_shapes() -> None:

@@ -123,3 +123,10 @@ def test_nothing_is_filled_on_the_meta_device():
     with build.sparing(0):
         layer = nn.Embedding(10, 4, device="meta")
     assert layer.weight.is_meta
+
+
+def test_malloc_is_told_to_take_places_again_and_the_users_own_word_counts_more() -> None:
+    found = memory.reusing({"PATH": "/bin", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"})
+    assert found["PATH"] == "/bin"
+    assert found["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0:glibc.malloc.tcache_count=3"
+    assert memory.reusing({})["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"

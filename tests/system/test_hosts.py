@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from planner.world import links
 
+import tricorn
 from tricorn.engine.base import Timing
 from tricorn.engine.hosts import on_hosts
 from tricorn.plan import Plan
+from tricorn.planner import store
+from tricorn.planner.explain import named
 from tricorn.run import execute
 from tricorn.testing.hosts import Host, RunningHost, hosts, hosts_unavailable
 
@@ -68,3 +73,24 @@ def test_a_run_goes_on_without_a_host_that_freezes_and_one_that_is_cut_off(tmp_p
     assert summary["exactly_once"]
     assert summary["restarts"] == 2
     assert harness.distance(run.weights("long"), harness.plain("long")) <= 1e-10
+
+
+def test_hosts_are_measured_and_plans_tried_on_them_before_one_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRICORN_CACHE", str(tmp_path / "cache"))
+    store.save_links(links())  # as if this machine had been measured
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    job = tricorn.Job(
+        model=lambda: torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)),
+        loss=torch.nn.functional.mse_loss, optimizer=tricorn.optim.SGD(lr=0.01),
+        train=tricorn.data.arrays(x, x.sum(1, keepdim=True)), batch_size=32, epochs=4,
+    )  # fmt: skip
+    with hosts(Host(mbit=50, cores=1), Host(mbit=50, cores=0.5)) as places:
+        found = tricorn.plan(job, engine=on_hosts(*places), strategy="dp", workers=2)
+        fast, slow = found.ground.cluster.hosts
+        assert (fast.cores, slow.cores) == (1.0, 0.5)
+        assert all(10 < host.mbit < 60 for host in (fast, slow))  # no more than there is; less beside other load
+        assert found.best in found.planning.tried
+        assert f"Tried for some steps where they would run: {named(found.planning.tried[0])}" in found.reasons[-1]
+        result = tricorn.train(job, engine=on_hosts(*places), workers=2, runs=tmp_path)
+        assert result.summary["exactly_once"]
+        assert result.summary["predicted"]["step"] > 0

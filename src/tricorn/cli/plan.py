@@ -29,6 +29,7 @@ def plan(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Choose asynchronous, compressed and local plans, too.")
     ] = False,
+    trials: Annotated[bool, typer.Option("--try", help="Try what seems best here for some steps each.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew what is known already.")] = False,
     output: Annotated[
         Path | None,
@@ -43,7 +44,15 @@ def plan(
 
     settled = {"workers": workers, "strategy": strategy, "memory": memory}
     given = {field: value for field, value in settled.items() if value is not None}
-    found = planner.plan(job_in(job), given, cluster=cluster, approximate=approximate, fresh=fresh, told=_tell)
+    if trials and cluster is not None:
+        raise UsageError("machines that are only described cannot be tried", remedy="Leave out --try or --cluster.")
+    if trials:
+        from tricorn.engine.local import LocalEngine
+        from tricorn.trials import tried
+
+        found = tried(job_in(job), given, LocalEngine, approximate=approximate, fresh=fresh, told=_tell)
+    else:
+        found = planner.plan(job_in(job), given, cluster=cluster, approximate=approximate, fresh=fresh, told=_tell)
     chosen = found.chosen
     if output is not None:
         try:

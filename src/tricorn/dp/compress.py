@@ -17,28 +17,14 @@ from torch import Tensor
 from tricorn.comm import codecs
 from tricorn.comm.lane import Handle, Lane
 from tricorn.dp import buckets
+from tricorn.dp.powersgd import PowerSum
+from tricorn.dp.wire import GroupWire, Wire
 
 if TYPE_CHECKING:
     from tricorn.comm.codecs import Codec
     from tricorn.comm.group import Group
     from tricorn.plan import Compression
     from tricorn.state.flat import Entry, FlatState
-
-
-class Wire(Protocol):
-    """What compressing needs of a group: blocking collectives of tensors on the CPU."""
-
-    rank: int
-    size: int
-
-    def all_reduce(self, flat: Tensor) -> None:
-        """Replace it by its sum over all ranks, the same bits on each."""
-
-    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> None:
-        """Send ``sends[r]`` to each rank r, fill ``receives[r]`` with what r sent here: bytes, sizes may differ."""
-
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> None:
-        """Fill in each rank r's part of the bytes, [bounds[r], bounds[r + 1]), everywhere."""
 
 
 class Compressor(Protocol):
@@ -94,8 +80,6 @@ class EncodedSum:
 def compressor(name: Compression, entries: Sequence[Entry], dtype: torch.dtype) -> Compressor:
     """What ``plan.compress`` names, for parameters laid out flat."""
     if name == "powersgd":
-        from tricorn.dp.powersgd import PowerSum
-
         return PowerSum(entries, dtype)
     return EncodedSum(codecs.find(name), entries[-1].stop if entries else 0, dtype)
 
@@ -177,20 +161,3 @@ class CompressedSum(buckets.GradientSum):
         flat.div_(count)
         self._compressor.sum(wire, flat, start, self._state.step)
         flat.mul_(count)
-
-
-class GroupWire:
-    """A Group as a Wire."""
-
-    def __init__(self, group: Group) -> None:
-        self.rank, self.size = group.rank, group.size
-        self._group = group
-
-    def all_reduce(self, flat: Tensor) -> None:
-        self._group.all_reduce_now(flat)
-
-    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> None:
-        self._group.all_to_all(sends, receives).wait()
-
-    def all_gather(self, flat: Tensor, bounds: Sequence[int]) -> None:
-        self._group.all_gather(flat, bounds).wait()

@@ -5,38 +5,44 @@ Legend: n bytes of all parameters, p workers, h hosts that they are on.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from tricorn.dp.memory import resident_bytes
 from tricorn.planner.ground import CODING, ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, stalls_of, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
+from tricorn.planner.traffic import Traffic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tricorn.plan import Plan
     from tricorn.planner.ground import Ground
+    from tricorn.planner.profile import Profile
 
 BUCKET = 1 << 20  # bytes; smaller gradients travel when all is computed
+FIRST = BUCKET // 4  # of the bucket that travels first (dp/buckets.py)
+RANK = 4  # of PowerSGD (dp/powersgd.py)
 
 
 def predict(plan: Plan, ground: Ground) -> Prediction:
     """Of one step. Raises KeyError where nothing like it was measured."""
     found, moved = _parts(plan, ground)
-    n, h = float(ground.profile.weight_bytes), ground.spread(plan)
+    sending = traffic(plan, ground)
     mean, busy = sum(found.computing) / plan.workers, max(found.computing)
     idle = waiting(found.computing, ground.jitter(found.scatter), stalls_of(plan, ground), found.meeting)
     exchange, update = found.after[EXCHANGE], found.after[UPDATE]
     way = f"zero{plan.zero}" if plan.zero else "dp"
-    rounds = plan.local_steps
     return Prediction(
         plan=plan,
         terms={COMPUTE: mean, IDLE: idle, DATA: found.loading, **found.after},
         scatter=combined((busy, found.scatter), (exchange, moved), (update, 0.1)),
-        penalty=LOCAL_PENALTY if rounds > 1 else 1.0,
+        penalty=LOCAL_PENALTY if plan.local_steps > 1 else 1.0,
         memory={"worker": _memory(plan, ground, max(_shares(plan, ground)))},
-        sent=_sent(plan, n) / rounds,
-        links={ground.host(0).name: _over_link(plan, n, h) / rounds} if h > 1 else {},
-        notes=ground.notes(way, plan.workers, n),
+        sent=sending.sent,
+        links=sending.links(ground),
+        notes=ground.notes(way, plan.workers, float(ground.profile.weight_bytes)),
     )
 
 
@@ -50,14 +56,15 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     profile, p, rounds = ground.profile, plan.workers, plan.local_steps
     n = float(profile.weight_bytes)
     hosts, shares, times = ground.places(plan)[0], _shares(plan, ground), plan.microbatches or 1
-    taken = [ground.on(host, plan, share / times) for host, share in zip(hosts, shares, strict=True)]
-    computing = tuple(seconds * times for seconds, _ in taken)
     h = ground.spread(plan)
+    direct = h == 1 and not plan.zero and rounds == 1
+    taken = [ground.on(host, plan, share / times, direct=direct) for host, share in zip(hosts, shares, strict=True)]
+    computing = tuple(seconds * times for seconds, _ in taken)
     if h == 1:
         exchange, moved = ground.exchanging(f"zero{plan.zero}" if plan.zero and p > 1 else "dp", p, n)
         exchange, wire = exchange * ground.slowest(hosts), 0.0
     else:
-        exchange, wire, moved = _between_hosts(plan, ground, n, sum(computing) / p)
+        exchange, wire, moved = _between_hosts(plan, ground, n, max(computing))
     part = n / p if plan.zero or h == 1 else n  # workers of one host hold the state once
     update = max(ground.updating(plan, part, host) for host in ground.hosts(plan))
     after = {UPDATE: update, EXCHANGE: exchange / rounds, WIRE: wire / rounds}
@@ -77,7 +84,10 @@ def _shares(plan: Plan, ground: Ground) -> list[float]:
 
 
 def _between_hosts(plan: Plan, ground: Ground, n: float, computing: float) -> tuple[float, float, float]:
-    """Seconds that processors exchange for, seconds on the wire that nothing hides, and the scatter of the first."""
+    """Seconds that processors exchange for, seconds on the wire that nothing hides, and the scatter of the first.
+
+    ``computing``: of the slowest worker, beside whose backward buckets travel.
+    """
     hosts, p = ground.places(plan)[0], plan.workers
     h = ground.spread(plan)
     part = n * ENCODED[plan.compress]
@@ -86,26 +96,56 @@ def _between_hosts(plan: Plan, ground: Ground, n: float, computing: float) -> tu
     if p > h:
         software += ground.links.seconds("shared/all_reduce", -(-p // h), n)
     coding = CODING[plan.compress] * ground.links.seconds("copy", 1, n)
-    wire = ground.wire(_over_link(plan, n, h), sorted(set(hosts)), 2 * (h - 1))
-    buckets = max(1, int(part // BUCKET))
+    wire = ground.wire(_meeting(plan, ground).fullest[1], sorted(set(hosts)), 2 * (h - 1))
+    buckets = max(1, int(part // FIRST))
     hidden = 0.0 if plan.local_steps > 1 else min(wire, ground.profile.backward * computing) * (1 - 1 / buckets)
     return (alone + software + coding) * ground.slowest(hosts), wire - hidden, scatter
 
 
-def _over_link(plan: Plan, n: float, h: int) -> float:
-    """Bytes of a step that leave a host, and as many that come: of a sum of gradients, and weights where gathered."""
-    if h == 1:
-        return 0.0
-    halves = {0: 2, 1: 2, 2: 2, 3: 3}[plan.zero]
-    return halves * (h - 1) / h * n * ENCODED[plan.compress]
+def traffic(plan: Plan, ground: Ground) -> Traffic:
+    """What workers send each other in a step."""
+    return _meeting(plan, ground).part(ground.profile.meetings(plan.local_steps))
 
 
-def _sent(plan: Plan, n: float) -> float:
-    """Bytes that all workers read of each other's, as runs count them."""
-    p = plan.workers
-    if p == 1:
-        return 0.0
-    return (2 if plan.zero < 3 else 3) * (p - 1) * n * ENCODED[plan.compress]
+def _meeting(plan: Plan, ground: Ground) -> Traffic:
+    """The same of one step in which workers meet."""
+    profile, hosts, found = ground.profile, ground.places(plan)[0], Traffic()
+    n = float(profile.weight_bytes)
+    if plan.zero:
+        times = (plan.microbatches or 1) if plan.zero > 1 else 1
+        found.reduce_scatter(hosts, n * times)
+        found.all_gather(hosts, profile.gathered_bytes * times if plan.zero == 3 else n)
+    elif plan.compress == "powersgd" and profile.shapes:
+        for size in _factors(profile):
+            found.all_reduce(hosts, size)
+    elif plan.compress != "none":
+        found.all_to_all(hosts, n * ENCODED[plan.compress])
+        found.all_gather(hosts, n * ENCODED[plan.compress])
+    elif len(set(hosts)) == 1 and plan.local_steps == 1:  # read where they lie, as much as with a sum in parts
+        found.reduce_scatter(hosts, n)
+        found.all_gather(hosts, n)
+    else:
+        found.all_reduce(hosts, n)
+    return found
+
+
+def _factors(profile: Profile) -> Iterator[float]:
+    """Bytes of each sum that PowerSGD takes: in each bucket, of left factors and what has none, then of right ones."""
+    left = right = size = 0
+    begun = False
+    for number, shape in reversed([*enumerate(profile.shapes)]):
+        elements = prod(shape)
+        rows = shape[0] if len(shape) > 1 else 1
+        columns = elements // max(1, rows)
+        thin = len(shape) > 1 and 2 * RANK * (rows + columns) < elements
+        left += RANK * rows if thin else elements
+        right += RANK * columns if thin else 0
+        size += elements * profile.element_bytes
+        if size >= (BUCKET if begun else FIRST) or number == 0:
+            yield left * profile.element_bytes
+            yield right * profile.element_bytes
+            left = right = size = 0
+            begun = True
 
 
 def _memory(plan: Plan, ground: Ground, share: float) -> int:

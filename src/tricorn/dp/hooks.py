@@ -50,7 +50,7 @@ class State:
 
 
 class ProcessGroupWire:
-    """A process group as a ``tricorn.dp.compress.Wire``: tensors on the CPU go by way of the group's device."""
+    """A process group as a ``tricorn.dp.wire.Wire``: tensors on the CPU go by way of the group's device."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tricorn.dp.compress import Wire
+    from tricorn.dp.wire import Wire
     from tricorn.state.flat import Entry
 
 RANK = 4

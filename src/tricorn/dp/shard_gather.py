@@ -164,12 +164,7 @@ class Gatherer:
         return flat.as_strided(kept.shape, kept.stride, kept.offset)
 
     def _cast(self, saved: Tensor) -> tuple[Unit, Entry] | None:
-        """Of which parameter it is a cast to another dtype, in one piece, or a view of such."""
-        made = saved if saved._base is None else saved._base
-        step = made.grad_fn
-        if step is None or step.name() != "ToCopyBackward0" or not made.is_contiguous() or made.storage_offset():
-            return None
-        parameter: nn.Parameter | None = getattr(step.next_functions[0][0], "variable", None)
+        parameter = cast_of(saved)
         return None if parameter is None else self._places.get(parameter)
 
     def _before(self, unit: Unit, *_: Any) -> None:
@@ -236,3 +231,13 @@ class Gatherer:
         number = torch.zeros(1, dtype=torch.int64)
         self._group.broadcast(number, self._lead)
         return int(number)
+
+
+def cast_of(saved: Tensor) -> nn.Parameter | None:
+    """The parameter that a tensor is a cast of to another dtype, in one piece, or a view of such; None if of none."""
+    made = saved if saved._base is None else saved._base
+    step = made.grad_fn
+    if step is None or step.name() != "ToCopyBackward0" or not made.is_contiguous() or made.storage_offset():
+        return None
+    parameter: nn.Parameter | None = getattr(step.next_functions[0][0], "variable", None)
+    return parameter

@@ -132,6 +132,9 @@ class ShardSum:
 
 def _taken(unit: Unit) -> Tensor:
     """The gradients of a unit end to end, zero where there is none, each taken from its parameter."""
+    if len(unit.parameters) == 1 and (only := unit.parameters[0].grad) is not None and not only.is_sparse:
+        unit.parameters[0].grad = None
+        return only.flatten()  # a large one is here once
     whole_n = unit.own_s.new_empty(unit.size)
     for entry, parameter in zip(unit.entries, unit.parameters, strict=True):
         part, grad = whole_n[entry.start : entry.stop], parameter.grad

@@ -101,5 +101,11 @@ class Engine(Protocol):
     def fileno(self) -> int:
         """Readable when ``gone`` may have news."""
 
+    def rest(self, patience: float = 0.0) -> None:
+        """Between two runs: wait so many seconds for all roles to end, then end them.
+
+        Raises ClusterError if the engine itself is lost.
+        """
+
     def close(self) -> None:
         """End all roles and wait until nothing is left of them."""

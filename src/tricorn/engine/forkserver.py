@@ -80,6 +80,7 @@ class ForkServer:
         self._decode = m.Decoder(ToServer)
         self._listener = listen(host)
         self._job: Job
+        self._loaded: tuple[str | None, str] | None = None  # the file and the name of that job
         self._children: dict[int, tuple[str, int]] = {}
         self._killed_before: int | None = None
         self._woken, wake = socket.socketpair()
@@ -126,7 +127,9 @@ class ForkServer:
         memory.allow(order.plan.memory, order.sharing)
         self._killed_before = memory.killed_for_memory()
         try:
-            self._job = load(order.file, order.name, order.pickle_fd)
+            if self._loaded != (order.file, order.name):
+                self._job = load(order.file, order.name, order.pickle_fd)
+                self._loaded = order.file, order.name
             facts = describe(self._job, order.file, order.name)
             warm(self._job, order.plan)
         except UsageError as error:

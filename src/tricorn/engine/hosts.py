@@ -8,6 +8,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from tricorn.control import messages as m
@@ -27,14 +28,27 @@ class Place(Protocol):
     prefix: tuple[str, ...]
 
 
-def on_hosts(*places: Place) -> Callable[[Job | tuple[str, str]], Engine]:
-    """For ``tricorn.train(job, engine=on_hosts(a, b), ...)``. Raises UsageError without any host."""
+@dataclass(frozen=True)
+class OnHosts:
+    """Makes engines that spread roles over these hosts."""
+
+    places: tuple[Place, ...]
+
+    def __call__(self, job: Job | tuple[str, str]) -> Engine:
+        count = len(self.places)
+        return HostsEngine(
+            [LocalEngine(job, host=place.address, prefix=place.prefix, hosts=count) for place in self.places]
+        )
+
+
+def on_hosts(*places: Place) -> OnHosts:
+    """For ``tricorn.train(job, engine=on_hosts(a, b), ...)``, and for ``tricorn.plan``.
+
+    Raises UsageError without any host.
+    """
     if not places:
         raise UsageError("no hosts are given", remedy="Give at least one, as in on_hosts(a, b).")
-    count = len(places)
-    return lambda job: HostsEngine(
-        [LocalEngine(job, host=place.address, prefix=place.prefix, hosts=count) for place in places]
-    )
+    return OnHosts(places)
 
 
 class Placement:
@@ -128,6 +142,13 @@ class HostsEngine:
 
     def fileno(self) -> int:
         return self._news.fileno()
+
+    def rest(self, patience: float = 0.0) -> None:
+        """As of ``LocalEngine``, on all hosts."""
+        for host in self._living():
+            self._engines[host].rest(patience)
+        self._homes.clear()
+        self._overdue.clear()
 
     def close(self) -> None:
         self._news.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from tricorn.errors import ClusterError, PeerLost, PlanError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.state import cores
+from tricorn.state.memory import reusing
 
 CLOSE_SECONDS = 2.0
 _USAGE = {kind.__name__: kind for kind in (UsageError, PlanError)}
@@ -43,8 +45,10 @@ class LocalEngine:
         self.host = host
         self._pickled = pickled(job) if isinstance(job, Job) else None
         self._sock, theirs = socket.socketpair()
-        handed = [theirs.fileno(), *([self._pickled.fileno()] if self._pickled else [])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._pickle_fd = self._pickled.fileno() if self._pickled else None
+        handed = [theirs.fileno(), *([self._pickle_fd] if self._pickle_fd is not None else [])]
+        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = reusing(os.environ) | alone
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which ends the run in order.
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "tricorn.engine.forkserver", str(theirs.fileno()), host],
@@ -53,6 +57,7 @@ class LocalEngine:
         theirs.close()
         self._decode = m.Decoder(FromServer)
         self._gone: list[Gone] = []
+        self._lives: dict[str, int] = {}  # incarnation, by role
         self.pids: dict[str, int] = {}
 
     def load(self, plan: Plan) -> tuple[JobFacts, m.Address]:
@@ -62,7 +67,7 @@ class LocalEngine:
     def begin_load(self, plan: Plan) -> None:
         """Begin to make the job ready; ``loaded`` waits for it."""
         file, name = self._job if isinstance(self._job, tuple) else (None, "")
-        fd = self._pickled.fileno() if self._pickled else None
+        fd = self._pickle_fd
         sharing = -(-(plan.workers + plan.servers) // self._hosts)
         self._say(Load(file=file, name=name, pickle_fd=fd, plan=plan, sharing=sharing))
 
@@ -80,6 +85,7 @@ class LocalEngine:
         return cores.threads(cores.usable() / self._hosts, -(-plan.workers // self._hosts))
 
     def start(self, spec: RoleSpec) -> None:
+        self._lives[spec.role] = spec.incarnation
         self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host)))
 
     def kill(self, role: str, incarnation: int) -> None:
@@ -94,12 +100,26 @@ class LocalEngine:
                 self.pids[message.role] = message.pid
             elif isinstance(message, m.Exited):
                 self.pids.pop(message.role, None)
+                if self._lives.get(message.role) == message.incarnation:
+                    del self._lives[message.role]
                 self._gone.append(Gone(message.role, message.incarnation, message.reason))
         gone, self._gone = self._gone, []
         return gone
 
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    def rest(self, patience: float = 0.0) -> None:
+        """Between two runs: wait so many seconds for all roles to end, then end them; the process stays warm."""
+        until = time.monotonic() + patience
+        while self._lives:
+            if (left := until - time.monotonic()) > 0:
+                select.select([self], [], [], left)
+            else:
+                for role, incarnation in self._lives.items():
+                    self.kill(role, incarnation)
+                select.select([self], [], [])
+            self.gone()
 
     def close(self, patience: float = CLOSE_SECONDS) -> None:
         """End all; a process that is still there after so many seconds is killed."""

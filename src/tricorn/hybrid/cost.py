@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from tricorn.hybrid.division import divide
 from tricorn.mp.mesh import Mesh
-from tricorn.plan import RowCompression
 from tricorn.planner.ground import CODING, ENCODED
 from tricorn.planner.prediction import EXCHANGE, WIRE, Prediction
+from tricorn.planner.traffic import Traffic
+from tricorn.ps.cost import ROW_ID, row_encoding, rows_traffic
 from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from tricorn.planner.parts import Parts
     from tricorn.planner.profile import Profile
 
-ROW_ID = 8  # bytes
 INDEX = 16  # bytes of a row in a table's index
 
 
@@ -35,10 +35,11 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     dense: Prediction = cost.predict(plan, on)
     rows = _Rows(plan, ground)
     terms = {term: dense.terms.get(term, 0.0) + rows.terms.get(term, 0.0) for term in dense.terms | rows.terms}
-    width = ground.profile.tables[0].dim * ground.profile.element_bytes
+    sending: Traffic = cost.traffic(plan, on)
+    sending.add(_traffic(plan, ground))
     return msgspec.structs.replace(
-        dense, plan=plan, terms=terms, memory=_memory(plan, ground, dense),
-        sent=dense.sent + 2 * (rows.passing + rows.bytes * ROW_ID / width),
+        dense, plan=plan, terms=terms, memory=_memory(plan, ground, dense), sent=sending.sent,
+        links=sending.links(ground),
     )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class _Rows:
         m = len(self._readers)
         read = [table.ids(profile.batch_size / m) * table.dim for table in profile.tables]
         self.bytes = m * sum(read) * profile.element_bytes
-        hows = [_encoding(plan, table.name) for table in profile.tables]
+        hows = [row_encoding(plan, table.name) for table in profile.tables]
         sizes = [each * profile.element_bytes for each in read]  # of one reader
         pushed = m * sum(ENCODED[how] * size for how, size in zip(hows, sizes, strict=True))
         coding = sum(CODING[how] * ground.links.seconds("copy", 1, n) for how, n in zip(hows, sizes, strict=True))
@@ -116,16 +117,44 @@ class _Rows:
         return found
 
 
-def _encoding(plan: Plan, table: str) -> str:
-    """How gradients of a table's rows travel: to servers as they have it (hybrid/served.py), and else as they are."""
-    whole = plan.compress if plan.served and plan.compress in get_args(RowCompression) else "none"
-    return plan.compress_tables.get(table, whole)
-
-
 def _readers(plan: Plan, ground: Ground) -> list[int]:
-    """The hosts of the workers that look rows up: of a pipeline's, the first stage."""
-    workers = ground.places(plan)[0]
-    return workers if plan.dense == "dp" else [workers[rank] for rank in Mesh.of(plan).copies(0)]
+    """The hosts of the workers that look rows up, shards of a layer once."""
+    return _shards(plan, ground)[0]
+
+
+def _shards(plan: Plan, ground: Ground) -> list[list[int]]:
+    """The hosts of the workers that look rows up: of a pipeline's first stage, the replicas of each shard."""
+    workers, mesh = ground.places(plan)[0], Mesh.of(plan)
+    if plan.dense == "dp":
+        return [workers]
+    return [[workers[rank] for rank in mesh.copies(shard)] for shard in range(plan.tensor)]
+
+
+def _traffic(plan: Plan, ground: Ground) -> Traffic:
+    """What is sent of rows: to those that look them up, and their gradients back."""
+    profile, found, shards = ground.profile, Traffic(), _shards(plan, ground)
+    samples = profile.batch_size / len(shards[0])
+    if plan.served:
+        return rows_traffic(plan, ground, [host for readers in shards for host in readers], shards[0], samples)
+    blocks = divide([(table.rows, table.dim) for table in profile.tables], plan.embeddings, len(shards[0]))
+    for table, each in zip(profile.tables, blocks, strict=True):
+        ids = [table.within(block.first, block.last) for block in each]  # of columns, everyone has all
+        rows = [share * block.width / table.dim for share, block in zip(ids, each, strict=True)]
+        unique = table.ids(samples)
+        size = unique * table.dim * profile.element_bytes
+        for readers in shards:
+            _spread(found, readers, ids, 2 * unique * ROW_ID, 0.0)  # before the rows, and with their gradients
+            _spread(found, readers, rows, size, size)
+    return found
+
+
+def _spread(found: Traffic, hosts: Sequence[int], held: Sequence[float], up: float, down: float) -> None:
+    """Each worker tells all others ``up`` bytes and gets ``down``, each by what it has ``held``."""
+    there: dict[int, float] = {}
+    for host, share in zip(hosts, held, strict=True):
+        there[host] = there.get(host, 0.0) + share
+    found.ask(hosts, there, up=up, down=down, here=up + down)
+    found.sent -= sum(held) * (up + down)  # what is its own
 
 
 def _parts_of(amounts: Sequence[float], plan: Plan, ground: Ground, m: int) -> list[list[float]]:
@@ -149,6 +178,8 @@ def without_tables(profile: Profile) -> Profile:
     return msgspec.structs.replace(
         profile,
         elements=profile.elements - profile.table_bytes // profile.element_bytes,
+        shapes=profile.dense_shapes,
+        gathered=max(0, profile.gathered - profile.table_bytes // profile.element_bytes),
         tables=(),
         layers=tuple(
             msgspec.structs.replace(layer, elements=count)

@@ -19,6 +19,7 @@ from tricorn.planner.ground import combined
 from tricorn.planner.parts import Line, Parts, stalls_of, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
 from tricorn.planner.profile import Layer, Splitting
+from tricorn.planner.traffic import Traffic
 from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
@@ -55,15 +56,21 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
         EXCHANGE: found.after[EXCHANGE] + inside + (0.0 if mesh.away else hops),
         WIRE: found.after[WIRE] + (hops if mesh.away else 0.0),
     }  # fmt: skip
+    sending = mesh.traffic()
     return Prediction(
         plan=plan,
         terms=terms,
         scatter=combined((simulated.seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
         memory=mesh.memory(),
-        sent=mesh.sent,
-        links=mesh.links(),
+        sent=sending.sent,
+        links=sending.links(ground),
         notes=ground.notes("mp", max(2, mesh.p), 0.0),
     )
+
+
+def traffic(plan: Plan, ground: Ground) -> Traffic:
+    """What workers send each other in a step. Raises as ``predict``."""
+    return _Mesh(plan, ground).traffic()
 
 
 def parts(plan: Plan, ground: Ground) -> Parts:
@@ -95,14 +102,6 @@ class _Mesh:
         self.exchanged = 0.0
         self.line = self._line()
 
-    @property
-    def sent(self) -> float:
-        """Bytes that workers read of each other's in a step."""
-        handed = 2 * sum(self.handed) * self.count * self.R * self.t
-        inside = (sum(self.splitting.sums) + sum(self.splitting.gathers) / 2) if self.splitting else 0.0
-        copies = 2 * (self.R - 1) * self.t * sum(stage.bytes for stage in self.stages)
-        return handed + 2 * (self.t - 1) * inside * self.profile.batch_size + copies
-
     def parts(self) -> Parts:
         """What a step consists of."""
         ground, plan = self.ground, self.plan
@@ -115,13 +114,45 @@ class _Mesh:
         _, scatter = ground.on(self.hosts[0], plan, self.samples / self.count)
         return Parts(computing=(), scatter=scatter, loading=loading, after=after, line=self.line)
 
-    def links(self) -> dict[str, float]:
-        """Bytes over the link of the first host, in one direction."""
-        if not self.away and not self._copies_apart:
-            return {}
-        handed = sum(self.handed) * self.count if self.away else 0.0
-        copied = 2 * (self.R - 1) / self.R * max(stage.bytes for stage in self.stages) if self._copies_apart else 0.0
-        return {self.ground.host(self.hosts[0]).name: handed + copied}
+    def traffic(self) -> Traffic:
+        """What workers send each other in a step."""
+        found = Traffic()
+        for replica in range(self.R):
+            self._hand(found, replica)
+            if self.splitting:
+                self._exchange(found, replica, self.splitting)
+        for rank in range(self.p * self.t if self.R > 1 else 0):
+            copies = [self.hosts[copy] for copy in self.mesh.copies(rank)]
+            n = self._of_worker(self.mesh.place(rank).stage)
+            if self.plan.zero:
+                found.reduce_scatter(copies, n)
+                found.all_gather(copies, n)
+            else:
+                found.all_reduce(copies, n)
+        return found
+
+    def _hand(self, found: Traffic, replica: int) -> None:
+        """Values from stage to stage, and their gradients back: each shard hands on the whole."""
+        for number, size in enumerate(self.handed):
+            for shard in range(self.t):
+                a, b = (
+                    self.hosts[self.mesh.rank(Place(replica, stage % self.p, shard))] for stage in (number, number + 1)
+                )
+                found.send(a, b, size * self.count)
+                found.send(b, a, size * self.count)
+
+    def _exchange(self, found: Traffic, replica: int, splitting: Splitting) -> None:
+        """What shards exchange of all microbatches, in each stage by what it has of the layers that are split."""
+        shares = iter(splitting.shares)
+        split = [sum(layer.seconds * next(shares, 0.0) for layer in stage.layers) for stage in self.stages]
+        for number, part in enumerate(split):
+            ranks = self.mesh.shards(self.mesh.rank(Place(replica, number % self.p, 0)))
+            hosts, inside = [self.hosts[rank] for rank in ranks], Traffic()
+            for size in splitting.sums:
+                inside.all_reduce(hosts, size * self.samples / self.count)
+            for size in splitting.gathers:
+                inside.all_gather(hosts, size * self.samples / self.count)
+            found.add(inside.part(self.count * part / (sum(split) or 1.0)))
 
     def memory(self) -> dict[str, int]:
         """Peak bytes of each stage: weights, gradients and slots of its layers, and activations of what is in flight.
@@ -187,13 +218,13 @@ class _Mesh:
         whole = sum(layer.seconds for layer in layers)
         shares = list(self.splitting.shares) if self.splitting else [0.0] * len(layers)
         split_seconds = sum(layer.seconds * share for layer, share in zip(layers, shares, strict=True))
-        summed = self._sums()
+        summed, beyond = self._sums(), self._beyond(split_seconds / whole if whole else 0.0)
         works, at = [], 0
         for number, stage in enumerate(self.stages):
             mine = shares[at : at + len(stage.layers)]
             at += len(stage.layers)
             ratio = self._seconds(number % self.p) / whole if whole else 0.0
-            scale = [(1 - share + share / self.t) * ratio for share in mine]
+            scale = [max(0.0, 1 - share + share / self.t + share * beyond) * ratio for share in mine]
             forward, backward, weights = (
                 sum(getattr(layer, what) * each for layer, each in zip(stage.layers, scale, strict=True))
                 for what in ("forward", "backward", "weights")
@@ -245,24 +276,44 @@ class _Mesh:
             return 0.0
         shards = [self.mesh.shards(self.mesh.rank(Place(r, s, 0))) for r in range(self.R) for s in range(self.p)]
         apart = any(self._apart(ranks) for ranks in shards)
-        samples, links = self.samples / self.count, self.ground.links
-        way, found = "tcp" if apart else "shared", 0.0
-        for operation, sizes, times in (
-            ("all_reduce", self.splitting.sums, 2), ("all_gather", self.splitting.gathers, 1),
-        ):  # fmt: skip
-            for size in sizes:
-                least = max(links.seconds(f"{way}/{operation}", self.t, size * samples), self._least_exchange)
-                found += least * max(self.slow)
-                if apart:
-                    part = times * (self.t - 1) / self.t * size * samples
-                    found += self.ground.wire(part, self.hosts[: self.t], times * (self.t - 1))
+        samples = self.samples / self.count
+        found = self._exchanging("tcp" if apart else "shared", self.t, samples) * max(self.slow)
+        if apart:
+            for size, times in [(size, 2) for size in self.splitting.sums] + [(s, 1) for s in self.splitting.gathers]:
+                part = times * (self.t - 1) / self.t * size * samples
+                found += self.ground.wire(part, self.hosts[: self.t], times * (self.t - 1))
         return found
 
-    @property
-    def _least_exchange(self) -> float:
-        """Seconds that a value which shards exchange takes, and its layer takes more for being split, however small."""
-        curves = self.ground.links.curves
-        return curves["split/1"].points[0].seconds if "split/1" in curves else 0.0
+    def _exchanging(self, way: str, shards: int, samples: float) -> float:
+        """Seconds of processors in which shards of this machine exchange what so many samples ask for."""
+        assert self.splitting is not None
+        return sum(
+            self.ground.links.seconds(f"{way}/{operation}", shards, size * samples)
+            for operation, sizes in (("all_reduce", self.splitting.sums), ("all_gather", self.splitting.gathers))
+            for size in sizes
+        )
+
+    def _beyond(self, share: float) -> float:
+        """What layers take for being split, however many shards they have, as a share of what they take whole.
+
+        ``share`` of the model's seconds is theirs. It is what steps of two workers here were measured to take beyond
+        the arithmetic that each should have, exchanges, and what any step takes; of fewer samples than these, as much.
+        """
+        if self.splitting is None or self.splitting.steps is None or not share:
+            return 0.0
+        profile, samples = self.profile, self.samples / self.count
+        tried = max(samples, self.splitting.steps.points[0].x)
+        halves = profile.element_bytes * sum(
+            layer.elements * (1 - each / 2)
+            for layer, each in zip(profile.layers or (_whole(profile),), self.splitting.shares, strict=True)
+        )
+        known = (
+            profile.computing(2, 1, tried)[0] * (1 - share / 2)
+            + self._exchanging("shared", 2, tried)
+            + _overheads(self.ground, 2)[1]
+            + profile.updating(2, 1, halves)
+        )
+        return (self.splitting.steps.at(tried) - known) / (share * profile.computing(2, 1, samples)[0])
 
     def _of_worker(self, rank: int) -> float:
         """Bytes of the parameters that a worker of this stage has."""

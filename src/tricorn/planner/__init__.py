@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import msgspec
 from tricorn.errors import PlanError
 from tricorn.plan import Plan
 from tricorn.planner import cluster as clusters
-from tricorn.planner import store
+from tricorn.planner import store, there
 from tricorn.planner.cluster import Cluster
 from tricorn.planner.explain import explain
 from tricorn.planner.ground import Ground
@@ -22,6 +22,8 @@ from tricorn.planner.prediction import Prediction, Rejected
 from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, predicted, search
 from tricorn.planner.survey import Survey
+from tricorn.planner.there import Place
+from tricorn.planner.trying import Trial, try_out
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -80,14 +82,18 @@ def plan(
     cluster: Cluster | str | Path | None = None,
     approximate: bool = False,
     fresh: bool = False,
+    places: Sequence[Place] = (),
+    trial: Trial | None = None,
     told: Callable[[str], None] = lambda text: None,
 ) -> Planned:
     """Predict every plan for a job, given as itself or as (file, name), and say which is best.
 
-    ``cluster`` is a file that describes other machines; without it the plan is for this one. ``given`` are fields of
-    the plan that are settled; ``auto`` leaves the strategy open. ``approximate`` allows plans whose updates are not
-    those of one process: asynchronous, compressed, local. What has to be measured, first of all the machine, takes some
-    seconds and is kept on disk; ``fresh`` measures anew, and ``told`` hears what is being measured.
+    ``cluster`` is a file that describes other machines; ``places`` are hosts that are at hand, and are measured.
+    Without either the plan is for this machine. ``given`` are fields of the plan that are settled; ``auto`` leaves the
+    strategy open. ``approximate`` allows plans whose updates are not those of one process: asynchronous, compressed,
+    local. What has to be measured of job and machine takes some seconds and is kept on disk; ``fresh`` measures anew,
+    and ``told`` hears what is being measured. With a ``trial``, which runs a plan for some steps, the plans that seem
+    best are tried (planner/trying.py), and what that teaches is kept, but of other hosts.
 
     Raises UsageError for a job that cannot be loaded and a cluster file with mistakes, PlanError for ``given`` fields
     that no strategy has together, JobFailed for a job that cannot be measured.
@@ -97,9 +103,17 @@ def plan(
     refuse_mistakes(given)
     with Survey(job, told=told, fresh=fresh) as survey:
         links = survey.links()
-        ground = Ground(survey.profile(), links, where, survey.seen)
-        planning = search(ground, survey.why_not, given, approximate=approximate)
-        return Planned(ground, planning, survey.verdicts, survey.key)
+        profile = survey.profile()
+        if places:
+            where, links = there.measured(job, places, profile, links, told)
+        ground = Ground(profile, links, where, {} if places else survey.seen)
+        if trial is None:
+            planning = search(ground, survey.why_not, given, approximate=approximate)
+        else:
+            planning, ground = try_out(ground, survey.why_not, given, approximate=approximate, trial=trial, told=told)
+            if not where.described:
+                survey.teach(ground.seen)
+        return Planned(ground, planning, survey.verdicts, "" if places else survey.key)
 
 
 def foreseen(job: Job | tuple[str, str], plan: Plan) -> Outlook | None:

@@ -57,10 +57,14 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
-    """Hosts, at least one. ``described``: by a file, and not measured."""
+    """Hosts, at least one. ``described``: by a file, and not as the machine that plans is known.
+
+    ``present``: at hand, so that what runs teach is of them.
+    """
 
     hosts: tuple[Host, ...]
     described: bool = False
+    present: bool = False
 
     def place(self, workers: int, servers: int) -> tuple[list[int], list[int]]:
         """The host of each worker and of each server: workers one after another, then servers, as engines do it."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tricorn.data.sources import as_source
+from tricorn.dp.in_place import InPlace
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Curve, Figure, Point
 from tricorn.state.flat import FlatParameters, build_model, device_of, model_without_rows
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 POINT_SECONDS = 0.15  # for each size: as many rounds as fit
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
+AVERAGED = 0.5  # seconds
 FEWEST = 1 << 14  # elements whose update is measured
 
 
@@ -47,9 +49,10 @@ def _together(bodies: Sequence[Callable[[Line], None]], sizes: Sequence[int]) ->
         ]
 
 
-def compute(job: Job, threads: int, sizes: Sequence[int], served: bool, line: Line) -> None:
+def compute(job: Job, threads: int, sizes: Sequence[int], how: str, line: Line) -> None:
+    """``how``: "whole", "direct" (gradients of linear layers go to their places) or "served" (rows are elsewhere)."""
     torch.set_num_threads(threads)
-    run, flat = rows_served(job) if served else _whole(job)
+    run, flat = {"whole": whole, "direct": _direct, "served": rows_served}[how](job)
     points, kept = [], 0.0
     for samples in sizes:
         batch = first_batch(job, samples)
@@ -60,6 +63,20 @@ def compute(job: Job, threads: int, sizes: Sequence[int], served: bool, line: Li
     line.say("ready")
     line.hear()
     line.say({"compute": points, "update": list(_updates(job, flat.weights_N)), "kept": [Point(1, kept, 0.0)]})
+
+
+def on_average(job: Job, samples: int, line: Line) -> None:
+    """Seconds of forward and backward with one thread, by the clock: a host that may not run all the time stands still
+    in some rounds, and a median would not see it.
+    """
+    torch.set_num_threads(1)
+    run, batch, count = whole(job)[0], first_batch(job, samples), 0
+    run(batch)
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < AVERAGED:
+        run(batch)
+        count += 1
+    line.say(spent / count)
 
 
 def _kept(work: Callable[[], object], weights_N: Tensor) -> int:
@@ -90,10 +107,28 @@ def _updates(job: Job, weights_N: Tensor) -> Iterator[Point]:
         yield Point(weights.nbytes, *rounds(work))
 
 
-def _whole(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
-    """Forward and backward as data parallel runs them: every parameter is here, and so is its gradient."""
+def whole(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
+    """Forward and backward where every parameter is here, and so is its gradient."""
     flat = FlatParameters(build_model(job), device_of(job))
     return partial(forward_backward, job, flat.module), flat
+
+
+def _direct(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
+    """The same as data parallel runs it on one host."""
+    run, flat = whole(job)
+    InPlace(flat.module, _Places(flat.module))
+    return run, flat
+
+
+class _Places:
+    """Each gradient takes the place of the one before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._grads: dict[Tensor, Tensor | None] = {parameter: parameter.grad for parameter in module.parameters()}
+
+    def claim(self, parameter: Tensor) -> tuple[Tensor, bool] | None:
+        place = self._grads[parameter]
+        return None if place is None else (place, False)
 
 
 def rows_served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
@@ -115,11 +150,12 @@ def rows_served(job: Job) -> tuple[Callable[[Batch], object], FlatParameters]:
     return run, flat
 
 
-def rounds(work: Callable[[], object]) -> Figure:
-    """Rounds for ``POINT_SECONDS``, but three at least, after one that does not count."""
+def rounds(work: Callable[[], object], before: Callable[[], object] = int) -> Figure:
+    """Rounds for ``POINT_SECONDS``, but three at least, after one that does not count; ``before`` each is not timed."""
     taken: list[float] = []
     until = time.perf_counter() + POINT_SECONDS
     while len(taken) <= FEWEST_ROUNDS or (time.perf_counter() < until and len(taken) < MOST_ROUNDS):
+        before()
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)

@@ -1,8 +1,8 @@
 """What runs teach: by how many times computing, making batches and exchanging took as long as was predicted. Pure.
 
 Computing is kept by crowd (how many workers with how many threads each), exchanging by the plan's way and the numbers
-of its roles. What was not seen itself goes by what was seen of its kind; another way of exchanging by what computing
-and exchanging have in common, as on a machine that is slower than it was.
+of its roles. What was not seen itself goes by what was seen of its kind; another way of exchanging by several that were
+seen, or by what computing and exchanging have in common, as on a machine that is slower than it was.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def learned(
     told = {DATA: measured.get("data"), COMPUTE: measured.get("compute"), EXCHANGE: besides}
     expected = {term: plain.terms.get(term, 0.0) for term in (DATA, COMPUTE)}
     expected[EXCHANGE] = sum(plain.terms.get(term, 0.0) for term in BESIDES)
+    if _inseparable(plain.plan):
+        told |= {EXCHANGE: besides + measured.get("compute", 0.0), COMPUTE: None}
     if told[COMPUTE] is None:  # then it is in the rest
         expected[EXCHANGE] += expected[COMPUTE]
     for term, seconds in told.items():
@@ -67,8 +69,12 @@ def corrected(prediction: Prediction, ground: Ground) -> Prediction:
     if not seen:
         return prediction
     times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
-    besides = 1.0 if ground.cluster.described else times[EXCHANGE]
-    by_term = {COMPUTE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, besides)
+    foreign = ground.cluster.described and not ground.cluster.present
+    by_term = {COMPUTE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
+    if not foreign:
+        by_term |= dict.fromkeys(BESIDES, times[EXCHANGE])
+        if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
+            by_term[COMPUTE] = times[EXCHANGE]
     terms = {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
     return msgspec.structs.replace(prediction, terms=terms)
 
@@ -77,20 +83,38 @@ def _keys(plan: Plan, ground: Ground) -> dict[str, str]:
     """Under what each term is kept: its kind, and after the last slash what it is of."""
     workers, threads = ground.places(plan)[0].count(0), ground.threads(plan, 0)
     rows = "rows " if plan.served and ground.profile.tables else ""
-    way = f"{plan.strategy} {plan.consistency} {plan.zero} {plan.embeddings} {plan.compress} {plan.local_steps}"
     size = f"{plan.workers} {plan.servers} {plan.replicas} {plan.tensor} {plan.schedule} {plan.microbatches}"
-    return {COMPUTE: f"compute/{rows}{workers}x{threads}", DATA: "data/", EXCHANGE: f"exchange/{way}/{size}"}
+    return {COMPUTE: f"compute/{rows}{workers}x{threads}", DATA: "data/", EXCHANGE: f"exchange/{way(plan)}/{size}"}
+
+
+def way(plan: Plan) -> str:
+    """How it exchanges, after its family: of the same way what is seen of one plan is taken to hold for all."""
+    family = "mesh" if _inseparable(plan) else "alone" if plan.workers == 1 else "group"
+    kind = f"{plan.strategy} {plan.consistency} {plan.zero} {plan.embeddings} {plan.compress} {plan.local_steps}"
+    return f"{family}/{kind}{' split' * (plan.tensor > 1)}"
+
+
+def _inseparable(plan: Plan) -> bool:
+    """Whether computing cannot be told from the rest: workers of a mesh do both by turns."""
+    return plan.dense == "mp"
 
 
 def _times(seen: Mapping[str, Factor], key: str) -> float:
-    """The factor of that key, or else the mean of its kind, or of exchanging in another way what all have in common."""
+    """The factor of that key, or else the mean of its kind.
+
+    Of exchanging in a way that was not seen: the mean of those of its family if they are several, and else what
+    computing and exchanging have in common.
+    """
     if key in seen:
         return seen[key].times
-    mean = _mean(seen, key.rpartition("/")[0] + "/")
-    if mean is None and key.startswith("exchange/"):
-        both = [_mean(seen, kind) or 1.0 for kind in ("compute/", "exchange/")]
-        mean = min(both) if min(both) > 1 else max(both) if max(both) < 1 else 1.0
-    return mean or 1.0
+    kind = key.rpartition("/")[0]
+    if (mean := _mean(seen, kind + "/")) is not None or not key.startswith("exchange/"):
+        return mean or 1.0
+    family = kind.rpartition("/")[0] + "/"
+    if len({other.rpartition("/")[0] for other in seen if other.startswith(family)}) > 1:
+        return _mean(seen, family) or 1.0
+    both = [_mean(seen, part) or 1.0 for part in ("compute/", "exchange/")]
+    return min(both) if min(both) > 1 else max(both) if max(both) < 1 else 1.0
 
 
 def _mean(seen: Mapping[str, Factor], kind: str) -> float | None:

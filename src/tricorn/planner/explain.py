@@ -64,6 +64,8 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
         )
     if chosen.notes:
         said.append(f"It goes beyond what was measured here: {'; '.join(chosen.notes)}.")
+    if planning.tried:
+        said.append(f"Tried for some steps where they would run: {'; '.join(map(named, planning.tried))}.")
     said = [*disturbed(ground.busy), *said]
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
         said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason.rstrip('.')}.")

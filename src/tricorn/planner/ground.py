@@ -19,7 +19,7 @@ from tricorn.state import cores
 
 AHEAD = 1e-3  # seconds: batches that take longer to make are made beside computing (worker/batches.py)
 # Of a gradient's bytes, those that travel: what the encodings say of themselves; PowerSGD's rank 4 of square matrices.
-ENCODED = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "int8": 0.26, "topk": 0.02, "powersgd": 0.05}
+ENCODED = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "int8": (1 + 4 / 256) / 4, "topk": 0.02, "powersgd": 0.05}
 # Copies of the gradient that encoding and decoding come to.
 CODING = {"none": 0.0, "bf16": 3.0, "fp16": 3.0, "int8": 6.0, "topk": 12.0, "powersgd": 12.0}
 SLOW_LINK = 5e9 / 8  # bytes a second
@@ -121,14 +121,16 @@ class Ground:
             found.append(seconds)
         return found, scatter
 
-    def on(self, host: int, plan: Plan, samples: float, *, served: bool = False) -> tuple[float, float]:
-        """The same of one worker on that host."""
+    def on(
+        self, host: int, plan: Plan, samples: float, *, served: bool = False, direct: bool = False
+    ) -> tuple[float, float]:
+        """The same of one worker on that host. ``direct``: as of ``Profile.computing``."""
         there = self._place(plan).working[host]
-        key = self.kind(host), there, plan.threads, samples, served
+        key = self.kind(host), there, plan.threads, samples, served, direct
         if key not in self._computing:
             threads = self.threads(plan, host)
             crowd = min(there, max(1, int(self.cluster.hosts[host].cores))) if self.cluster.described else there
-            seconds, scatter = self.profile.computing(crowd, threads, samples, served=served)
+            seconds, scatter = self.profile.computing(crowd, threads, samples, served=served, direct=direct)
             self._computing[key] = seconds * self.slowness(host, there), scatter
         return self._computing[key]
 

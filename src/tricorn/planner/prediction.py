@@ -29,7 +29,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     lost: float = 0.0
     memory: dict[str, int] = {}  # role -> peak bytes
     sent: float = 0.0  # bytes between roles in a step
-    links: dict[str, float] = {}  # host -> bytes over its link in a step, in its busier direction
+    links: dict[str, float] = {}  # the host whose link has most to carry -> bytes in a step, in its busier direction
     notes: tuple[str, ...] = ()  # where it goes beyond what was measured
 
     @property

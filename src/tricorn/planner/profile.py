@@ -36,6 +36,7 @@ class Splitting(msgspec.Struct, frozen=True, kw_only=True):
     shares: tuple[float, ...]  # of the trained elements of each layer; of the whole model where there are no layers
     sums: tuple[float, ...]  # bytes of a sample of each value that is summed over the workers, forward or backward
     gathers: tuple[float, ...]  # of each that is gathered
+    steps: Curve | None = None  # seconds of a step of two workers of this machine, by samples; None: not measured
 
 
 class TableUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +46,7 @@ class TableUse(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     dim: int
     unique: tuple[tuple[int, float], ...]  # (samples, how many different ids they have), ascending
+    where: tuple[float, ...] = ()  # the shares of a batch's different ids in equal ranges of rows; else evenly spread
 
     def ids(self, samples: float) -> float:
         """Different ids in so many samples: between measured ones on a straight line, beyond them like its last."""
@@ -53,6 +55,12 @@ class TableUse(msgspec.Struct, frozen=True, kw_only=True):
             if samples <= high or (high, more) == points[-1]:
                 return min(self.rows, fewer + (more - fewer) * (samples - low) / (high - low))
         return 0.0
+
+    def within(self, first: int, last: int) -> float:
+        """The share of a batch's different ids that are of rows [first, last)."""
+        size, shares = self.rows / max(1, len(self.where)), self.where or (1.0,)
+        parts = (max(0.0, min(last, (number + 1) * size) - max(first, number * size)) for number in range(len(shares)))
+        return sum(share * part / size for share, part in zip(shares, parts, strict=True))
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,12 +76,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     element_bytes: int
     slots: int  # of the optimizer, for each element
     parameters: int  # trainable tensors
+    shapes: tuple[tuple[int, ...], ...] = ()  # of these, in their order
+    gathered: int = 0  # elements that zero=3 gathers for forward and backward of one microbatch (dp/gathered.py)
     buffer_bytes: int
     base_bytes: int  # a worker's own memory before it has a model
     input_bytes: float  # of a sample
     kept_bytes: float  # of a sample, from forward to backward
     compute: dict[str, Curve]  # "WxT": forward and backward by samples, W workers at once with T threads each;
     # "rows WxT": with rows of tables that come from servers
+    direct: dict[str, Curve] = {}  # the same where gradients go where all workers of a host see them (dp/in_place.py)
     update: dict[str, Curve]  # by the same: the optimizer's update, by bytes of parameters
     load: Curve  # seconds to make a batch, by samples
     tables: tuple[TableUse, ...] = ()
@@ -94,6 +105,24 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     def weight_bytes(self) -> int:
         """Of all trainable parameters, tables included."""
         return self.elements * self.element_bytes
+
+    @property
+    def dense_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of trained parameters that are no tables."""
+        found = [*self.shapes]
+        for table in self.tables:
+            if (table.rows, table.dim) in found:
+                found.remove((table.rows, table.dim))
+        return tuple(found)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What zero=3 gathers in a step; all weights twice where that is not known."""
+        return (self.gathered or 2 * self.elements) * self.element_bytes
+
+    def meetings(self, local_steps: int) -> float:
+        """After a step, on average, if workers meet after so many and at the end of an epoch."""
+        return -(-self.steps // local_steps) / self.steps
 
     @property
     def largest_bytes(self) -> int:
@@ -117,11 +146,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         whole = sum(layer.seconds for layer in self.layers)
         return sum(layer.backward + layer.weights for layer in self.layers) / whole if whole else 2 / 3
 
-    def computing(self, workers: float, threads: int, samples: float, *, served: bool = False) -> tuple[float, float]:
+    def computing(
+        self, workers: float, threads: int, samples: float, *, served: bool = False, direct: bool = False
+    ) -> tuple[float, float]:
         """Seconds of forward and backward of ``samples``, and their scatter, of one of ``workers`` on this machine.
 
-        ``served``: with rows of tables that come from servers. Raises KeyError if that could not be measured.
+        ``served``: with rows of tables that come from servers. ``direct``: with gradients that go where all workers of
+        a host see them. Raises KeyError if that could not be measured.
         """
+        if direct and self.direct:
+            return _among(self.direct, workers, threads, samples)
         mark = "rows " if served and self.tables else ""
         curves = {key.removeprefix(mark): c for key, c in self.compute.items() if key.startswith("rows ") == bool(mark)}
         if not curves:

@@ -5,6 +5,7 @@ All of it happens in forks of a process that has loaded the job, so that nothing
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ import msgspec
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tricorn.data.sources import as_source
 from tricorn.errors import TricornError, UserCodeError
@@ -29,6 +30,7 @@ from tricorn.planner.load import Quiet
 from tricorn.planner.profile import Layer, Profile, Splitting, TableUse, crowd
 from tricorn.planner.reading import reading
 from tricorn.planner.rehearse import warm
+from tricorn.planner.splitting import splitting
 from tricorn.state.flat import (
     build_model,
     call_model,
@@ -38,13 +40,17 @@ from tricorn.state.flat import (
 )
 from tricorn.state.gradient import placed
 from tricorn.state.rows import row_tables
+from tricorn.worker.batches import Batches
 
 if TYPE_CHECKING:
     from tricorn.job import Job
 
 BATCHES = 16  # in which rows are counted
+RANGES = 24  # of a table's rows, equal ones, in which they are counted: as many as most numbers of workers divide
 MOST_STAGES = 8  # for which a model is looked into
 IMPORTED = ("torch.", "numba.", "tricorn.")  # packages whose modules have no effect but to be there
+CACHE = 1 << 22  # elements that push what computing would out of the processor's caches
+LARGE = 1 << 18  # elements of a linear layer's weight, from which on it matters where its gradient goes
 HEADROOM = 0.5  # of the memory that is free, for what measures
 
 
@@ -63,6 +69,7 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
         with suppress(ImportError):
             import_module(module)
     compute: dict[str, Curve] = {}
+    direct: dict[str, Curve] = {}
     update: dict[str, Curve] = {}
     unmeasured = too_large = ""
     kept = 0.0
@@ -75,16 +82,19 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
                 too_large = f"{workers} copies of the model are more than half of the memory that is free"
                 continue
             sizes = shares(batch, workers)
-            for served in (False, True) if by_rows else (False,):
-                bodies = [partial(computing.compute, job, threads, sizes, served)] * workers
+            for how in ("whole", *["served"] * by_rows, *["direct"] * facts["linear"]):
+                bodies = [partial(computing.compute, job, threads, sizes, how)] * workers
                 found = quiet.measure(partial(computing.side_by_side, bodies, sizes))
-                key = ("rows " if served else "") + crowd(workers, threads)
+                if how == "direct":
+                    direct[crowd(workers, threads)] = found["compute"]
+                    continue
+                key = ("rows " if how == "served" else "") + crowd(workers, threads)
                 compute[key], update[key] = found["compute"], found["update"]
                 kept = max(kept, found["kept"].points[0].seconds)
     except UserCodeError as error:
         unmeasured = str(error)
     layers: tuple[Layer, ...] = ()
-    splitting: Splitting | None = None
+    split: Splitting | None = None
     no_layers = unmeasured
     few = max(1, batch // 4)
     if not unmeasured:
@@ -93,8 +103,15 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
             layers = quiet.measure(partial(_layered, job, few))
         except TricornError as error:
             no_layers = str(error)
+        told("layers that are split")
         with suppress(UserCodeError):
-            splitting = msgspec.convert(_said(partial(_splitting, job, len(layers))), Splitting | None)
+            stages, room = MOST_STAGES if layers else 0, cores > 1 and _fits(facts, 2)
+            body = partial(splitting, job, stages, compute["1x1"] if room else None)
+            split = msgspec.convert(quiet.measure(partial(_said, body)), Splitting | None)
+    gathered = 0
+    if compute and not unmeasured:
+        with suppress(UserCodeError):
+            gathered = _said(partial(_gathered, job))
     tables = tuple(msgspec.convert(table, TableUse) for table in facts["tables"])
     rows = reading(tables, batch, len(job.optimizer.slots), cores, quiet, told) if by_rows and not unmeasured else {}
     told("batches")
@@ -105,9 +122,9 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
         element_bytes=facts["element_bytes"], slots=len(job.optimizer.slots), parameters=facts["parameters"],
         buffer_bytes=facts["buffer_bytes"], base_bytes=facts["base_bytes"], input_bytes=data["input_bytes"],
         kept_bytes=kept or sum(layer.kept_bytes for layer in layers) / few,
-        compute=compute, update=update, load=Curve(tuple(Point(*point) for point in data["load"])),
-        tables=tables, rows=rows,
-        layers=layers, layer_samples=few, splitting=splitting, busy=quiet.busy, no_layers=no_layers,
+        compute=compute, direct=direct, update=update, load=Curve(tuple(Point(*point) for point in data["load"])),
+        tables=tables, rows=rows, shapes=tuple(map(tuple, facts["shapes"])), gathered=gathered,
+        layers=layers, layer_samples=few, splitting=split, busy=quiet.busy, no_layers=no_layers,
         unmeasured=unmeasured or ("" if compute else too_large),
     )  # fmt: skip
 
@@ -120,30 +137,6 @@ def _said(body: Callable[[Line], None]) -> Any:
 
 def _layered(job: Job, samples: int) -> tuple[Layer, ...]:
     return tuple(Layer(**row) for row in _said(partial(_layers, job, samples)))
-
-
-def _splitting(job: Job, layers: int, line: Line) -> None:
-    """What two shards would share, and exchange for it; None if nothing."""
-    from tricorn.mp.partition import blocks_of
-    from tricorn.mp.tensor import find_for
-
-    torch.set_num_threads(1)
-    model = model_without_rows(job)
-    samples, splits = min(2, len(as_source(job.train))), find_for(job, model, 2)
-    split = {id(parameter) for name, parameter in model.named_parameters() if name in splits.of}
-    blocks = [block.module for block in blocks_of(job, model, MOST_STAGES)] if layers else [model]
-    held = [list(block.parameters()) for block in blocks]
-    shares = [sum(p.numel() for p in mine if id(p) in split) / max(1, sum(p.numel() for p in mine)) for mine in held]
-    for index, mine in enumerate(held):  # what has no parameters and is between split layers works on their parts
-        following = next((share for share, its in zip(shares[index:], held[index:], strict=True) if its), 0.0)
-        if not mine and index:
-            shares[index] = min(shares[index - 1], following)
-    found = {
-        "shares": shares,
-        "sums": [size / samples for size in splits.sums],
-        "gathers": [size / samples for size in splits.gathers],
-    }
-    line.say(found if splits.of else None)
 
 
 def crowds(cores: int) -> list[tuple[int, int]]:
@@ -174,10 +167,12 @@ def _facts(job: Job, line: Line) -> None:
             "elements": sum(p.numel() for _, p in trained),
             "element_bytes": dtype_bytes,
             "parameters": len(trained),
+            "shapes": [tuple(p.shape) for _, p in trained],
             "slots": len(job.optimizer.slots),
             "buffer_bytes": sum(buffer.nbytes for buffer in model.buffers()),
             "base_bytes": base,
             "imported": [name for name in sys.modules if name not in before and name.startswith(IMPORTED)],
+            "linear": max((p.weight.numel() for p in model.modules() if type(p) is nn.Linear), default=0) >= LARGE,
             "table_bytes": sum(table.rows * table.dim for table in tables) * dtype_bytes,
             "tables": [],
         }
@@ -200,6 +195,7 @@ def _tables(job: Job, line: Line) -> None:
 
     lookups, whole = Lookups(model, tables, see), min(job.batch_size, len(source))
     unique: list[list[tuple[int, int]]] = [[] for _ in tables]
+    where: list[list[float]] = [[] for _ in tables]
     known = False  # whether ids are found in a batch without a forward
     ends = sorted({max(1, whole // 4), max(1, whole // 2), *(whole * times for times in range(1, BATCHES + 1))})
     for start, stop in pairwise((0, *ends)):
@@ -214,14 +210,26 @@ def _tables(job: Job, line: Line) -> None:
             with torch.no_grad():
                 call_model(model, placed(job, inputs, device_of(job)))
             lookups.end()
-        for points, ids in zip(unique, seen, strict=True):
-            points.append((stop, len(ids)))
+        for number, ids in enumerate(seen):
+            unique[number].append((stop, len(ids)))
+            if stop <= max(1, whole // 2):  # as two workers share a batch
+                counts, _ = np.histogram(ids, RANGES, (0, tables[number].rows))
+                where[number] = [float(share) for share in counts / max(1, counts.sum())]
     line.say(
         [
-            {"name": table.name, "rows": table.rows, "dim": table.dim, "unique": points}
-            for table, points in zip(tables, unique, strict=True)
+            {"name": table.name, "rows": table.rows, "dim": table.dim, "unique": points, "where": shares}
+            for table, points, shares in zip(tables, unique, where, strict=True)
         ]
     )
+
+
+def _gathered(job: Job, line: Line) -> None:
+    """What zero=3 gathers in a step."""
+    from tricorn.dp.gathered import gathered
+    from tricorn.mp.measure import example
+
+    torch.set_num_threads(1)
+    line.say(gathered(job, example(job, 2)))
 
 
 def _fits(facts: dict[str, Any], workers: int) -> bool:
@@ -230,17 +238,19 @@ def _fits(facts: dict[str, Any], workers: int) -> bool:
 
 
 def _load(job: Job, line: Line) -> None:
-    """Seconds to make batches of random samples, and the bytes of a sample's inputs."""
+    """Seconds in which a worker makes a batch after computing on another, and the bytes of a sample's inputs."""
     torch.set_num_threads(1)
-    source = as_source(job.train)
-    chosen = np.random.default_rng(0)
-    points = []
-    batch = min(job.batch_size, len(source))
+    batches, points = Batches(job), []
+    batch = batches.samples(0)
+    steps = (step for step in itertools.count(0, 2) if batches.samples(step) == batch)  # none is made ahead
+    used, unused = torch.zeros(CACHE), torch.zeros(CACHE)
+
+    def make(samples: int) -> None:
+        batches.training(next(steps), 0, samples)
+
     for samples in sorted({max(1, batch // 4), batch}):
-        ids = chosen.integers(0, len(source), samples)
-        points.append(Point(samples, *rounds(partial(source.fetch, ids))))
-    inputs, _ = source.fetch(np.arange(1, dtype=np.int64))
-    line.say({"load": points, "input_bytes": sum(tensor.nbytes for tensor in _tensors(inputs))})
+        points.append(Point(samples, *rounds(partial(make, samples), partial(used.copy_, unused))))
+    line.say({"load": points, "input_bytes": sum(t.nbytes for t in _tensors(batches.training(0, 0, 1).inputs))})
 
 
 def _layers(job: Job, samples: int, line: Line) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tricorn import optim, strategy
 from tricorn.comm.auth import new_secret
 from tricorn.comm.listener import PeerListener
+from tricorn.data.sources import arrays, as_source
 from tricorn.engine.loading import prepare
 from tricorn.job import Job
 from tricorn.plan import Plan
@@ -36,7 +37,6 @@ from tricorn.strategy import Batch, Context, Seat, Wishes
 from tricorn.table import Table
 
 PARTS = 8  # parameters of a made model
-WIDTH = 64  # of made layers
 WARM_STEPS = 4
 BATCHES = 8  # of a worker, of other rows each, that are gone through twice: at first their rows are new
 
@@ -90,16 +90,6 @@ def chain(elements: int, width: int = 1) -> Job:
     return _made(partial(Chain, elements), torch.zeros(64, width))
 
 
-def pairs(count: int) -> Job:
-    """A job of so many pairs of small layers that workers can split."""
-    return _made(partial(_paired, count), torch.zeros(64, WIDTH))
-
-
-def _paired(count: int) -> nn.Module:
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in range(count)]
-    return nn.Sequential(*layers)
-
-
 def rows(reads: Sequence[Read], plan: Plan, optimizer: optim.SGD | optim.Adagrad) -> Job:
     """A job of such tables, each step of which reads rows here and there."""
     drawn, samples = np.random.default_rng(0), max(read.ids for read in reads)
@@ -116,7 +106,7 @@ def _made(
     model: Callable[[], nn.Module], inputs: Tensor, tables: dict[str, Table] | None = None,
     optimizer: optim.SGD | optim.Adagrad | None = None,
 ) -> Job:  # fmt: skip
-    data = torch.utils.data.TensorDataset(inputs, torch.zeros(len(inputs)))
+    data = arrays(inputs, torch.zeros(len(inputs)))
     return Job(
         model=model, loss=_loss, optimizer=optimizer or optim.SGD(lr=0.0), train=data, batch_size=len(inputs),
         epochs=1, tables=tables or {},
@@ -247,8 +237,9 @@ def _share(job: Job, plan: Plan, rank: int) -> tuple[int, int]:
 
 def _batches(job: Job, start: int, stop: int) -> list[Batch]:
     """A worker's share of each batch of the data."""
-    wholes = zip(*(torch.split(tensor, job.batch_size) for tensor in job.train.tensors), strict=True)
-    return [Batch(inputs[start:stop], target[start:stop], stop - start, stop - start) for inputs, target in wholes]
+    source = as_source(job.train)
+    shares = [np.arange(low + start, low + stop) for low in range(0, len(source), job.batch_size)]
+    return [Batch(*source.fetch(ids), len(ids), len(ids)) for ids in shares]
 
 
 def _computing(job: Job, batch: Batch, steps: int) -> list[float]:

@@ -31,6 +31,7 @@ class Planning(msgspec.Struct, frozen=True, kw_only=True):
     ranked: tuple[Prediction, ...]
     rejected: tuple[Rejected, ...]
     chosen: Prediction | None
+    tried: tuple[Plan, ...] = ()  # for some steps, where they would run
 
 
 def exact(plan: Plan) -> bool:

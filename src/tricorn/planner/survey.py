@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +26,7 @@ from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
+from tricorn.state.memory import reusing
 
 M = TypeVar("M", bound=m.Message)
 
@@ -33,12 +35,21 @@ class Survey:
     """Of one job, given as itself or as (file, name), or of the machine alone. Use as a context manager.
 
     ``told`` hears what is being measured; with ``fresh`` nothing is taken from disk, and what was measured on a busy
-    machine is measured again when it no longer is. A process is started only when something has to be measured.
-    Raises UsageError for a job that cannot be loaded, JobFailed for what cannot be measured.
+    machine is measured again when it no longer is. A process is started only when something has to be measured, with
+    the ``prefix`` before its command. Raises UsageError for a job that cannot be loaded, JobFailed for what cannot be
+    measured.
     """
 
-    def __init__(self, job: Job | tuple[str, str] | None, *, told: Callable[[str], None], fresh: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job | tuple[str, str] | None,
+        *,
+        told: Callable[[str], None],
+        fresh: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self._job = job
+        self._prefix = prefix
         self._told = told
         self._fresh = fresh
         self._pickle = pickled(job) if isinstance(job, Job) else None
@@ -121,6 +132,11 @@ class Survey:
             self._keep(kept)
         return [kept.verdicts[name] for name in names]
 
+    def teach(self, seen: Seen) -> None:
+        """Keep what was learned of the job beside its profile."""
+        assert self._kept is not None
+        self._keep(msgspec.structs.replace(self._kept, seen=seen))
+
     def _good(self, busy: float) -> bool:
         """Whether what was measured beside so much of others will do: it was little, or is no less now."""
         return busy <= load.BUSY or self._busy_now
@@ -143,32 +159,42 @@ class Survey:
         return f"pickle {digest}"
 
     def _ask(self, order: m.Message, kind: type[M]) -> M:
+        self.order(order)
+        return self.answer(kind)
+
+    def order(self, order: m.Message) -> None:
+        """Tell the process that measures what to do; ``answer`` waits for what it says."""
         if self._sock is None:
             self._start()
-        return self._exchange(order, kind)
+        assert self._sock is not None
+        with suppress(BrokenPipeError, ConnectionResetError):  # told by the next read
+            self._sock.sendall(m.encode(order))
 
     def _start(self) -> None:
         self._sock, theirs = socket.socketpair()
         handed = [theirs.fileno(), *([self._pickle.fileno()] if self._pickle else [])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**reusing(os.environ), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tricorn.planner.surveyor", str(theirs.fileno())],
+            [*self._prefix, sys.executable, "-m", "tricorn.planner.surveyor", str(theirs.fileno())],
             pass_fds=handed, env=environment, stdin=subprocess.DEVNULL, stdout=2,
         )  # fmt: skip
         theirs.close()
 
+    def load(self) -> orders.Load:
+        """What has the process load the job."""
+        file, name = self._job if isinstance(self._job, tuple) else (None, "")
+        return orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
+
     def _load(self) -> None:
         """Have the job loaded, once."""
         if self._sources is None:
-            file, name = self._job if isinstance(self._job, tuple) else (None, "")
-            order = orders.Load(file=file, name=name, pickle_fd=self._pickle.fileno() if self._pickle else None)
-            self._sources = store.digests(self._ask(order, orders.Loaded).sources)
+            self._sources = store.digests(self._ask(self.load(), orders.Loaded).sources)
 
-    def _exchange(self, order: m.Message, kind: type[M]) -> M:
+    def answer(self, kind: type[M]) -> M:
+        """Of that kind. Raises what was raised, and JobFailed if nothing more will be said."""
         assert self._sock is not None
         decode = m.Decoder(orders.FromSurveyor)
         try:
-            self._sock.sendall(m.encode(order))
             while isinstance(answer := receive(self._sock, decode), orders.Told):
                 self._told(answer.text)
         except (PeerLost, ConnectionError):

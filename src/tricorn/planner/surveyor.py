@@ -10,9 +10,11 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import die_with_parent, receive
@@ -21,18 +23,26 @@ from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.planner.links import Links
 from tricorn.planner.orders import (
+    Exchange,
+    Exchanged,
+    HostMeasured,
     JobMeasured,
     Judge,
     Judged,
     LinksMeasured,
+    Listening,
     Load,
     Loaded,
+    MeasureHost,
     MeasureJob,
     MeasureLinks,
+    Meet,
+    Part,
+    Parted,
     Told,
     ToSurveyor,
 )
-from tricorn.state import memory
+from tricorn.state import cores, memory
 
 
 class Surveyor:
@@ -64,6 +74,10 @@ class Surveyor:
                 return JobMeasured(profile=profile(self._job, self._name, order.cores, self._tell))
             case MeasureLinks():
                 return LinksMeasured(links=_swept(order.cores, self._tell))
+            case MeasureHost():
+                return _host(self._job, order.samples)
+            case Exchange():
+                return self._exchange(order)
             case Judge():
                 return Judged(why_not=_judged(self._job, order.plans))
         raise AssertionError(order)
@@ -84,6 +98,17 @@ class Surveyor:
         self._name = Path(order.file).stem if order.file else getattr(self._job.model, "__name__", "job").strip("<>")
         return Loaded(sources=_own_files() if order.file else [])
 
+    def _exchange(self, order: Exchange) -> Parted:
+        from tricorn.planner.sweep import exchanging
+
+        with exchanging(order) as (address, begin):
+            self._say(Listening(address=address))
+            meet = receive(self._sock, self._decode)
+            assert isinstance(meet, Meet)
+            self._say(Exchanged(curves=begin(meet.addresses)))
+            assert isinstance(receive(self._sock, self._decode), Part)  # nobody is left while another still exchanges
+        return Parted()
+
     def _tell(self, text: str) -> None:
         self._say(Told(text=text))
 
@@ -103,6 +128,17 @@ def _swept(cores: int, told: Callable[[str], None]) -> Links:
         while "told" in (said := line.hear()):
             told(said["told"])
     return msgspec.convert(said["links"], Links)
+
+
+def _host(job: Job, samples: int) -> HostMeasured:
+    """What this machine is like, for such a job."""
+    from tricorn.planner.computing import on_average
+    from tricorn.planner.crew import crew
+
+    with crew([partial(on_average, job, samples)]) as (line,):
+        seconds = line.hear()
+    room = memory.limit_bytes() or psutil.virtual_memory().total
+    return HostMeasured(cores=cores.share(), memory=room, seconds=seconds)
 
 
 def _judged(job: Job, plans: Sequence[Plan]) -> list[str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from tricorn import optim
 from tricorn.comm.auth import new_secret
 from tricorn.comm.group import Group
 from tricorn.comm.listener import PeerListener
+from tricorn.control.messages import Address
 from tricorn.errors import UserCodeError
 from tricorn.job import Job
 from tricorn.plan import Plan
@@ -25,15 +26,16 @@ from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Curve, Figure, Point
 from tricorn.planner.links import Links
 from tricorn.planner.load import Quiet
-from tricorn.planner.rehearse import Found, chain, pairs, rehearse, warm
+from tricorn.planner.orders import Exchange
+from tricorn.planner.rehearse import Found, chain, rehearse, warm
 
 ELEMENTS = (1 << 12, 1 << 18, 1 << 21)  # of made models
 MICROBATCHES = (1, 8)
-PAIRS = (1, 8)  # of layers that two workers split
 STEPS = 12
 LONG = 6  # steps of the largest
 BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 23)  # of collectives
-ROUNDS = 12
+FEWEST, ROUNDS = 2, 12
+SWEPT = 0.2  # seconds for the rounds of one operation and size
 FLOAT = 4  # bytes
 _CHAINS = [chain(elements) for elements in ELEMENTS]
 _LENGTHS = [STEPS, STEPS, LONG]
@@ -93,10 +95,6 @@ def sweep(cores: int, told: Callable[[str], None]) -> Links:
         for way in ("shared", "tcp"):
             swept = measured(f"collectives of {ranks}, {way}", partial(collectives, ranks, apart=way == "tcp"))
             curves |= {f"{way}/{operation}/{ranks}": curve for operation, curve in swept.items()}
-    if cores > 1 and (found := measured("layers that are split", _splits)):
-        few, many = (each.step.seconds for each in found)
-        exchanges = 2 * (PAIRS[1] - PAIRS[0])  # each pair sums once forward and once backward
-        curves["split/1"] = _curve([1], [Figure(max(0.0, many - few) / exchanges, found[1].step.scatter)])
     curves |= measured("copies and updates", _copies)
     both = measured("computing beside exchanging", beside)
     return Links(cores=cores, curves=curves, overhead=overhead, beside=both, busy=quiet.busy)
@@ -115,10 +113,6 @@ def _pipelines(workers: int) -> list[Found]:
     return [each for (each,) in found] if all(found) else []
 
 
-def _splits() -> list[Found]:
-    return _rehearsed([pairs(count) for count in PAIRS], Plan(strategy="mp", tensor=2), [STEPS] * len(PAIRS))
-
-
 def _curve(sizes: Sequence[float], figures: Sequence[Figure]) -> Curve:
     return Curve(tuple(Point(x, *figure) for x, figure in zip(sizes, figures, strict=True)))
 
@@ -135,30 +129,54 @@ def collectives(ranks: int, *, apart: bool) -> dict[str, Curve]:
     ``apart``: as if each were on a host of its own.
     """
     secret = new_secret()
-    with crew([partial(_rank, rank, apart, secret) for rank in range(ranks)]) as lines:
+    orders = [
+        Exchange(rank=rank, ranks=ranks, secret=secret, host="127.0.0.1", sizes=[*BYTES]) for rank in range(ranks)
+    ]
+    with crew([partial(_rank, order, apart) for order in orders]) as lines:
         tell(lines, gather(lines))
         found = gather(lines)[0]
         tell(lines, "end")
         gather(lines)
+    return _curves(found)
+
+
+@contextmanager
+def exchanging(order: Exchange) -> Iterator[tuple[Address, Callable[[list[Address]], dict[str, Curve]]]]:
+    """The same, as one rank of a group whose others are elsewhere: its address, and what to call with those of all.
+
+    It stays until the end of the context, which all ranks may come to once all have their curves.
+    """
+    with crew([partial(_rank, order, True)]) as (line,):
+        host, port = line.hear()
+
+        def begin(addresses: list[Address]) -> dict[str, Curve]:
+            line.say(addresses)
+            return _curves(line.hear())
+
+        yield (host, port), begin
+        line.say("end")
+        line.hear()
+
+
+def _curves(found: dict[str, list[tuple[float, float, float]]]) -> dict[str, Curve]:
     return {operation: Curve(tuple(Point(*point) for point in points)) for operation, points in found.items()}
 
 
-def _rank(rank: int, apart: bool, secret: bytes, line: Line) -> None:
+def _rank(order: Exchange, apart: bool, line: Line) -> None:
     torch.set_num_threads(1)
-    listener = PeerListener(secret)
+    listener = PeerListener(order.secret, order.host)
     line.say(listener.address)
     addresses = [(host, port) for host, port in line.hear()]
     group = Group(
-        rank=rank, addresses=addresses, listener=listener, secret=secret, epoch=1, channel="sweep",
-        host=str(rank) if apart else "here",
+        rank=order.rank, addresses=addresses, listener=listener, secret=order.secret, epoch=1, channel="sweep",
+        host=str(order.rank) if apart else "here",
     )  # fmt: skip
     found: dict[str, list[Point]] = {}
-    for size in BYTES:
+    for size in order.sizes:
         flat = torch.zeros(size // FLOAT)
         for operation, work in _operations(group, flat).items():
-            found.setdefault(operation, []).append(
-                Point(size, *_timed(group, work, 8 if size == BYTES[-1] else ROUNDS))
-            )
+            if order.only in (None, operation):
+                found.setdefault(operation, []).append(Point(size, *_timed(group, work)))
     line.say(found)
     line.hear()
     group.close()
@@ -169,34 +187,40 @@ def _rank(rank: int, apart: bool, secret: bytes, line: Line) -> None:
 def _operations(group: Group, flat: Tensor) -> dict[str, Callable[[], None]]:
     bounds = [len(flat) * rank // group.size for rank in range(group.size + 1)]
     parts = [flat[low:high] for low, high in pairwise(bounds)]
-    filled = [part.clone() for part in parts]
+    arrived, returned = [parts[group.rank].clone() for _ in parts], flat.clone()
 
     def send() -> None:  # there and back between the first two
         if group.rank == 0:
             handle = group.send(flat, 1)
-            group.receive(filled[0], 1)
+            group.receive(returned, 1)
             handle.wait()
         elif group.rank == 1:
             group.receive(flat, 0)
-            group.send(filled[0], 0).wait()
+            group.send(returned, 0).wait()
 
     return {
         "all_reduce": lambda: group.all_reduce_now(flat),
         "reduce_scatter": lambda: group.reduce_scatter(flat, bounds).wait(),
         "all_gather": lambda: group.all_gather(flat, bounds).wait(),
-        "all_to_all": lambda: group.all_to_all(parts, filled).wait(),
+        "all_to_all": lambda: group.all_to_all(parts, arrived).wait(),
         "send": send,
     }
 
 
-def _timed(group: Group, work: Callable[[], None], rounds: int) -> Figure:
-    taken = []
-    for _ in range(2 + rounds):
+def _timed(group: Group, work: Callable[[], None]) -> Figure:
+    """Of as many rounds as there is time for, after one that says how long they take."""
+    taken: list[float] = []
+    rounds = torch.zeros(1)
+    while len(taken) <= rounds.item():
         group.barrier()
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return Figure.of(taken[2:])
+        if len(taken) == 1:
+            rounds[0] = SWEPT / taken[0]
+            group.all_reduce_now(rounds)  # for all to make as many
+            rounds.div_(group.size).clamp_(FEWEST, ROUNDS)
+    return Figure.of(taken[1:])
 
 
 def _copies() -> dict[str, Curve]:

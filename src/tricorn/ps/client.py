@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tricorn.comm.sockets import Address
 from tricorn.errors import Diverged, PeerLost, ProtocolError, TableFull
+from tricorn.ps.dial import dial
 from tricorn.ps.exchange import Exchange, Slice, lost_peers
 from tricorn.ps.rows import RowGradients, Wanted
 from tricorn.ps.table import Description
-from tricorn.ps.transport import dial
 from tricorn.ps.wire import ANY_AGE, PEEK, PROTOCOL, REFUSED, ROWS_ALONE, VOID, WANTED, Header, Op, as_bytes
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from tricorn.comm import auth
 from tricorn.comm.segment import Segment, Ticket
 from tricorn.errors import TricornError
 from tricorn.ps.channel import Channel, SharedChannel, StreamChannel, TlsChannel
+from tricorn.ps.dial import REFUSED, SHARED
 from tricorn.ps.memory import SMALLEST
 from tricorn.ps.ring import SIZE, Side
 from tricorn.ps.service import Conversation, discard
-from tricorn.ps.transport import REFUSED, SHARED
 from tricorn.ps.wire import HEADER, PROTOCOL, Header, Op, encode_error, unsent
 
 if TYPE_CHECKING:

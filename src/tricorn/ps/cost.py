@@ -6,14 +6,22 @@ Legend: n bytes of the dense part, m workers, s servers.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from itertools import accumulate, pairwise
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
+from tricorn.plan import RowCompression
 from tricorn.planner.ground import CODING, ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, Served, stalls_of, stretched, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
+from tricorn.planner.traffic import Traffic
+from tricorn.ps.placement import place
 from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tricorn.plan import Plan
     from tricorn.planner.ground import Ground
     from tricorn.planner.profile import Profile
@@ -24,6 +32,7 @@ STALE = {"SGD": 0.02, "momentum": 0.5, "Adagrad": 0.2, "RowwiseAdagrad": 0.2, "F
 STALE_ROWS = 0.05  # of a model that is mostly tables, whose workers seldom update the same rows
 SLOT_BYTES = 16  # of a row in a table's index
 ROW_ID = 8
+KEPT = 8  # lists of ids that a connection remembers, so that they are told once in a step (ps/blocks.py)
 
 
 class Amounts(NamedTuple):
@@ -41,18 +50,55 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     profile, m = ground.profile, plan.workers
     found, moved = _parts(plan, ground)
     terms = _agreed(plan, ground, found) if plan.synchronous else _clocked(plan, ground, found)
-    amounts = _amounts(plan, ground)
-    each = m if plan.synchronous else 1  # messages of a step
+    amounts, sending = _amounts(plan, ground), traffic(plan, ground)
     return Prediction(
         plan=plan,
         terms=terms,
         scatter=combined((max(found.computing), found.scatter), (found.after[EXCHANGE], moved)),
         penalty=penalty(plan, profile),
         memory=_memory(plan, ground, amounts),
-        sent=each * (2 * amounts.passing + amounts.rows * ROW_ID / _row_width(ground)),  # ids are told once
-        links={ground.host(host).name: size for host, size in _traffic(plan, ground, amounts).items()},
+        sent=sending.sent,
+        links=sending.links(ground),
         notes=ground.notes("ps" if plan.synchronous else "asp", m, amounts.dense),
     )
+
+
+def traffic(plan: Plan, ground: Ground) -> Traffic:
+    """What workers and servers send each other in a step; of asynchronous workers, for the update of one of them."""
+    profile, (workers, servers), amounts = ground.profile, ground.places(plan), _amounts(plan, ground)
+    held: dict[int, float] = {}
+    for host, share in zip(servers, _shares(profile.dense_shapes, plan.servers), strict=True):
+        held[host] = held.get(host, 0.0) + share
+    dense, found, up = Traffic(), Traffic(), amounts.dense * ENCODED[plan.compress]
+    dense.ask(workers, held, up=up, down=amounts.dense, here=up)
+    found.add(dense.part(profile.meetings(plan.local_steps)))
+    found.add(rows_traffic(plan, ground, workers, workers, amounts.samples))
+    return found if plan.synchronous else found.part(1 / plan.workers)
+
+
+def rows_traffic(
+    plan: Plan, ground: Ground, readers: Sequence[int], pushers: Sequence[int], samples: float
+) -> Traffic:  # fmt: skip
+    """Rows of so many samples to each of the workers that read, and gradients from those that push, given by host.
+
+    Servers have even parts of every table. Those of the same host are read in place, and told the ids when pushed to.
+    """
+    profile, found = ground.profile, Traffic()
+    held = {host: count / plan.servers for host, count in Counter(ground.places(plan)[1]).items()}
+    for number, table in enumerate(profile.tables):
+        ids = table.ids(samples)
+        told, rows = ids * ROW_ID, ids * table.dim * profile.element_bytes
+        again = told if number < len(profile.tables) - KEPT else 0.0
+        pushed = rows * ENCODED[row_encoding(plan, table.name)]
+        found.ask(readers, held, up=told, down=rows, here=0.0)
+        found.ask(pushers, held, up=pushed + again, down=0.0, here=pushed + told)
+    return found
+
+
+def row_encoding(plan: Plan, table: str) -> str:
+    """How gradients of a table's rows travel: to servers as they have it, and else as they are."""
+    whole = plan.compress if plan.served and plan.compress in get_args(RowCompression) else "none"
+    return plan.compress_tables.get(table, whole)
 
 
 def parts(plan: Plan, ground: Ground) -> Parts:
@@ -90,7 +136,7 @@ def _amounts(plan: Plan, ground: Ground) -> Amounts:
     samples = profile.batch_size / (plan.workers if plan.synchronous else 1)
     n = float(profile.weight_bytes - profile.table_bytes)
     by_table = [
-        (plan.compress_tables.get(table.name, plan.compress), table.ids(samples) * table.dim * profile.element_bytes)
+        (row_encoding(plan, table.name), table.ids(samples) * table.dim * profile.element_bytes)
         for table in profile.tables
     ]
     rows = sum(size for _, size in by_table)
@@ -200,21 +246,18 @@ def _wire(served: Served, together: int) -> float:
     return 2 * (max(served.link * min(together, served.remote), served.own) + served.latency)
 
 
-def _traffic(plan: Plan, ground: Ground, amounts: Amounts) -> dict[int, float]:
-    """Bytes of one step over the link of each host that has servers, in the direction of what is read."""
-    if len(ground.cluster.hosts) == 1:
-        return {}
-    workers, servers = ground.places(plan)
-    working = Counter(workers)
-    read = amounts.dense / plan.local_steps + amounts.rows
-    each = read / plan.servers / (1 if plan.synchronous else plan.workers)
-    return {host: each * count * (plan.workers - working[host]) for host, count in Counter(servers).items()}
+class _Laid(NamedTuple):
+    name: str
+    start: int
+    stop: int
 
 
-def _row_width(ground: Ground) -> float:
-    """Bytes of a row, of the first table's."""
-    tables = ground.profile.tables
-    return tables[0].dim * ground.profile.element_bytes if tables else 1.0
+@cache
+def _shares(shapes: tuple[tuple[int, ...], ...], servers: int) -> tuple[float, ...]:
+    """The part of the dense parameters that each server has: whole buckets, not quite the same; even if unknown."""
+    edges = [0, *accumulate(map(prod, shapes))]
+    found = place([_Laid("", start, stop) for start, stop in pairwise(edges)], servers)
+    return tuple((stop - start) / edges[-1] if edges[-1] else 1 / servers for start, stop in found)
 
 
 def _memory(plan: Plan, ground: Ground, amounts: Amounts) -> dict[str, int]:

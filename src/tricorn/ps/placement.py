@@ -10,12 +10,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tricorn.ps.sparse.spec import BUCKETS
-from tricorn.state.flat import Entry
 
 BUCKET = 65_536  # elements; a quarter of a megabyte of float32 is the most by which a server can be off balance
+
+
+class Laid(Protocol):
+    """A dense table: elements [start, stop) of the flat layout."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
 
 
 class Bucket(NamedTuple):
@@ -26,7 +36,7 @@ class Bucket(NamedTuple):
     stop: int
 
 
-def buckets(entries: Sequence[Entry]) -> list[Bucket]:
+def buckets(entries: Sequence[Laid]) -> list[Bucket]:
     """Cut every table into buckets of at most ``BUCKET`` elements, in the order of the layout."""
     return [
         Bucket(entry.name, start, min(start + BUCKET, entry.stop))
@@ -35,7 +45,7 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
     ]
 
 
-def place(entries: Sequence[Entry], servers: int) -> tuple[tuple[int, int], ...]:
+def place(entries: Sequence[Laid], servers: int) -> tuple[tuple[int, int], ...]:
     """The slice [start, stop) of each server, balanced by bytes to within one bucket.
 
     All elements have one type, so elements stand for bytes. A server gets an empty slice where there are more

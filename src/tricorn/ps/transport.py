@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tricorn.comm.sockets import Address, connect, receive_exactly
 from tricorn.errors import PeerLost, ProtocolError, TricornError
 from tricorn.ps.wire import HEADER, MAX_ERROR, MOST_PARTS, Header, Op, decode_error, unsent
 
-SHARED, REFUSED = b"\1", b"\0"  # what a server says to a segment that a worker offers
 _AHEAD = 1 << 16  # bytes read at once, so that a small frame costs one system call
 
 
@@ -56,42 +52,6 @@ class Transport(Protocol):
         """Make a blocked call, and every later one, raise. Safe from any thread."""
 
     def close(self) -> None: ...
-
-
-def dial(
-    address: Address, secret: bytes, claim: dict[str, Any], *, share: bool = True, tls: SSLContext | None = None
-) -> Transport:
-    """Connect to a server, through shared memory if it is on this host, unless ``share`` forbids or ``tls`` encrypts.
-
-    Raises PeerLost, AuthenticationError or ProtocolError.
-    """
-    if tls:
-        return TlsTransport(connect(address, secret, claim, tls=tls))
-    if not share:
-        return TcpTransport(connect(address, secret, claim))
-    from tricorn.ps.shared import SharedTransport, new_segment
-
-    segment = new_segment()
-    try:
-        sock = connect(address, secret, claim | {"segment": msgspec.to_builtins(segment.ticket)})
-        if _answer(sock) == SHARED:
-            return SharedTransport(sock, segment)
-    except BaseException:
-        segment.close()
-        raise
-    segment.close()
-    return TcpTransport(sock)
-
-
-def _answer(sock: socket.socket) -> bytes:
-    try:
-        return receive_exactly(sock, 1)
-    except OSError as error:
-        sock.close()
-        raise PeerLost(f"the server is lost: {error}") from None
-    except PeerLost:
-        sock.close()
-        raise
 
 
 def judged(header: Header, expected: Sequence[Op], receive_into: Callable[[memoryview], None]) -> Header:

@@ -20,7 +20,7 @@ def beside(run: Run) -> str:
     summary = run.summary
     if summary is None or not (summary.measured or summary.peak_bytes):
         return ""
-    parts = ["<h2>Predicted and measured</h2>"]
+    parts = [f"<h2>{'Predicted and measured' if run.foreseen else 'Measured'}</h2>"]
     if summary.measured.get("step"):
         parts.append(_time(summary))
     parts.append(_bytes(run, summary))

@@ -8,9 +8,9 @@ from itertools import chain, pairwise
 from math import ceil, floor, log10
 from typing import NamedTuple
 
-from tricorn.report.table import shown
+from tricorn.report.table import is_number, shown
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 240, 62, 14, 14, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 200, 62, 14, 14, 40
 NEAR, SMALLEST, LARGEST = 1e-9, 1e-200, 1e200  # what floats can still tell apart, and add up
 MOST = 240  # points along a line; of more, the mean of neighbours is drawn, and the range that they span
 
@@ -83,15 +83,16 @@ def bars(groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers are shown as in the terminal, and stand to the right."""
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    """A table without the columns that are empty. Numbers are shown as in the terminal; their columns stand right."""
+    found = ((header, [row[place] for row in rows]) for place, header in enumerate(headers))
+    columns = [_column(header, values) for header, values in found if any(map(shown, values))]
+    head, *body = (f"<tr>{''.join(cells)}</tr>" for cells in zip(*columns, strict=True)) if columns else [""]
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _cell(value: object) -> str:
-    right = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"<td{' class=number' if right else ''}>{escape(shown(value))}</td>"
+def _column(header: str, values: Sequence[object]) -> list[str]:
+    kind = " class=number" if any(map(is_number, values)) else ""
+    return [f"<th{kind}>{escape(header)}</th>", *(f"<td{kind}>{escape(shown(value))}</td>" for value in values)]
 
 
 class _Thin(NamedTuple):

@@ -196,8 +196,9 @@ def _samples(run: Run) -> str:
         if samples.exactly_once
         else '<p class="wrong">The ledger does not show that every sample is in the model once.</p>'
     )
+    steps = "1 step is" if samples.committed == 1 else f"{samples.committed:,} steps are"
     again = f"{samples.undone:,} were taken back after a loss, and are done again." if samples.undone else ""
-    return f"<h2>Samples exactly once</h2>{said}<p>{samples.committed:,} steps are in the model. {again}</p>"
+    return f"<h2>Samples exactly once</h2>{said}<p>{steps} in the model. {again}</p>"
 
 
 def _declared(run: Run) -> str:
@@ -207,7 +208,8 @@ def _declared(run: Run) -> str:
     if run.foreseen is not None and run.foreseen.machines:
         machines = run.foreseen.machines
         rows = [(host.name, host.cores, size(host.memory), host.speed) for host in machines[:MOST_MACHINES]]
-        said.append(table((f"of {len(machines):,} machines", "cores", "memory", "speed of a core"), rows))
+        which = "machine" if len(rows) == len(machines) else f"of {len(machines):,} machines"
+        said.append(table((which, "cores", "memory", "speed of a core"), rows))
     if run.summary is not None and run.summary.changes:
         before = [
             (change.steps, named(change.plan), seconds(change.measured.get("step", 0.0)), size(change.bytes_sent))

@@ -12,7 +12,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     Raises ValueError if a row has not one value for each header.
     """
     columns = list(zip(headers, *([shown(value) for value in row] for row in rows), strict=True))
-    numeric = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(headers))]
+    numeric = [bool(rows) and all(is_number(row[index]) for row in rows) for index in range(len(headers))]
     widths = [max(map(len, column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
@@ -37,5 +37,6 @@ def shown(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is one that stands to the right in its column."""
     return isinstance(value, int | float) and not isinstance(value, bool)

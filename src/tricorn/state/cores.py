@@ -12,12 +12,17 @@ from tricorn.state.memory import groups
 
 
 def usable(root: Path = Path("/")) -> int:
-    """Those that it may run on, but no more than the quotas of its control groups (v1 and v2) come to; at least one.
+    """How many cores it can keep busy: ``share``, rounded up.
 
     ``root`` is where the machine's files are looked for.
     """
+    return max(1, ceil(share(root)))
+
+
+def share(root: Path = Path("/")) -> float:
+    """The cores it may run on, but no more than the quotas of its control groups (v1 and v2) come to."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(ceil(quota) for quota in _quotas(root))]))
+    return min([allowed, *_quotas(root)])
 
 
 def threads(available: float, workers: int) -> int:

@@ -10,8 +10,6 @@ from tricorn.state.memory import KEPT
 FIRST_STEP = 16 << 20
 # What a fork comes to have for itself of the memory that it shared at first, with the coordinator's. Measured alike.
 COPIED = 80 << 20
-# Tensors of the size of the weights that an update makes besides (optim.py).
-_SCRATCH = {"Adagrad": 1, "FTRL": 4}
 
 
 def state_bytes(weights: int, others: int, optimizer: Any, *, spread: int = 1) -> int:
@@ -21,9 +19,8 @@ def state_bytes(weights: int, others: int, optimizer: Any, *, spread: int = 1) -
     while training goes on.
     """
     slots = len(optimizer.slots) * weights // spread
-    scratch = _SCRATCH.get(type(optimizer).__name__, 0) * weights // spread
     saved = weights // spread + slots + others
-    return 2 * weights + slots + others + max(saved, scratch)
+    return 2 * weights + slots + others + saved
 
 
 def peak_bytes(held: float, passing: float, saved: float, largest: float) -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tricorn.strategy import Batch, Outcome
 
 _PIECE = 65_536  # elements
-_MEANS: list[Callable[..., Any]] = []  # losses that have been judged
+_JUDGED: list[Callable[..., Any]] = []  # losses that are means over pairs of an output and its target
 
 
 def placed(job: Job, value: Any, device: torch.device) -> Any:
@@ -76,9 +76,10 @@ def loss_sum(job: Job, output: Any, batch: Batch) -> Tensor:
                 f"the loss gives {form(loss)}, not one number, of output {form(output)} and target {form(target)}",
                 remedy='Return a tensor with the mean over the samples given, as with reduction="mean".',
             )
-        if job.loss not in _MEANS and batch.samples > 1:
-            _MEANS.append(job.loss)
+        if job.loss not in _JUDGED and batch.samples > 1:
+            _JUDGED.append(job.loss)
             _refuse_sum(job, output, target, batch.samples // 2)
+            _refuse_all_pairs(job, output, target)
     return loss * batch.count
 
 
@@ -101,6 +102,30 @@ def _refuse_sum(job: Job, output: Any, target: Any, half: int) -> None:
         raise JobFailed(
             "the loss is a sum over the samples given, not their mean: it would depend on how a batch is shared out",
             remedy='Return a mean, as with reduction="mean".',
+        )
+
+
+def _refuse_all_pairs(job: Job, output: Any, target: Any) -> None:
+    """Raise JobFailed if the loss of outputs (B, 1) and targets (B,) is one of all pairs (B, B), by broadcasting.
+
+    Then it does not matter which target belongs to which output: reversed targets have the same loss, even beside
+    outputs that are right.
+    """
+    if type(output) is not Tensor or type(target) is not Tensor or job.count is not None:
+        return
+    if output.shape == target.shape or output.numel() != target.numel() or torch.equal(target, target.flip(0)):
+        return
+    right = target.reshape(output.shape).to(output.dtype)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            one, other = (float(job.loss(right, each)) for each in (target, target.flip(0)))
+    except Exception:  # outputs are of another kind than targets
+        return
+    if one and abs(one - other) <= 1e-4 * abs(one):
+        raise JobFailed(
+            f"the loss compares every output with every target, not each with its own: {form(output)} is broadcast "
+            f"against {form(target)}",
+            remedy="Give both one shape: output.squeeze(1) in the model or the loss, or target[:, None] in the data.",
         )
 
 

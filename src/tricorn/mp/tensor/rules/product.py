@@ -148,7 +148,7 @@ def embedding(function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return NotImplemented
     team, blocks = weight.spread.team, weight.spread.blocks
     if team.shard is None:
-        return F.embedding(rows, weight, given.get("padding_idx"))
+        return team.sum(F.embedding(rows, weight, given.get("padding_idx")))
     start, stop = team.ranges(blocks)[0]
     padding = given.get("padding_idx")
     if padding is not None and padding < 0:  # counted from the end

@@ -1,0 +1,154 @@
+"""What several hosts are like: measured on them, by a process on each.
+
+Every host computes with the job's own samples, all at the same time; every pair of them exchanges messages, in rounds
+in which each host has one partner; and all together exchange in every way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from tricorn.comm.auth import new_secret
+from tricorn.control import messages as m
+from tricorn.planner import orders
+from tricorn.planner.cluster import FRAMED, Cluster, Host
+from tricorn.planner.figures import Curve
+from tricorn.planner.links import Links
+from tricorn.planner.profile import Profile
+from tricorn.planner.survey import M, Survey
+
+if TYPE_CHECKING:
+    from tricorn.job import Job
+
+SMALL, LARGE = 1 << 10, 1 << 20  # bytes of messages
+SOFTWARE = 1.5  # times what sending a byte takes processors alone: a link that takes no more has no limit of its own
+MEASURED_SAMPLES = 4  # a batch's part that a host computes with
+
+
+class Place(Protocol):
+    """A host: the address that it is reached at, and what to put before a command to start it there."""
+
+    address: str
+    prefix: tuple[str, ...]
+
+
+def measured(
+    job: Job | tuple[str, str], places: Sequence[Place], profile: Profile, links: Links, told: Callable[[str], None]
+) -> tuple[Cluster, Links]:
+    """The hosts, and the links with what the collectives of all of them take their processors.
+
+    ``profile`` and ``links`` are of this machine. Raises UsageError and JobFailed as ``Survey``.
+    """
+    with ExitStack() as stack:
+        there = [stack.enter_context(Survey(job, told=_silence, prefix=place.prefix)) for place in places]
+        told(f"loading the job on {len(there)} hosts")
+        _all(there, [each.load() for each in there], orders.Loaded)
+        told("computing on each")
+        samples = max(1, min(profile.batch_size, profile.samples) // MEASURED_SAMPLES)
+        found = _all(there, [orders.MeasureHost(samples=samples)] * len(there), orders.HostMeasured)
+        expected = profile.computing(1, 1, samples)[0]
+        hosts = [_host(place, each, expected) for place, each in zip(places, found, strict=True)]
+        if len(there) == 1:
+            return Cluster(hosts=tuple(hosts), described=True, present=True), links
+        for pairs in tournament(len(there)):
+            told("exchanging between " + ", ".join(f"{hosts[a].name} and {hosts[b].name}" for a, b in pairs))
+            groups = [[(there[rank], places[rank]) for rank in pair] for pair in pairs]
+            for pair, curves in zip(pairs, _exchange(groups, [SMALL, LARGE], "send"), strict=True):
+                slow = max(slowness(hosts[rank]) for rank in pair)
+                for rank in pair:
+                    hosts[rank] = _linked(hosts[rank], curves["send"], links, slow)
+        told("exchanging between all")
+        (group,) = _exchange([[*zip(there, places, strict=True)]], [SMALL, LARGE], None)
+    cluster = Cluster(hosts=tuple(hosts), described=True, present=True)
+    curves = {name: curve for name, curve in links.curves.items() if not name.startswith("tcp/")}
+    curves |= {f"tcp/{way}/2": _software(way, curve, cluster, links) for way, curve in group.items()}
+    return cluster, msgspec.structs.replace(links, curves=curves)
+
+
+def tournament(players: int) -> Iterator[list[tuple[int, int]]]:
+    """Rounds in which everyone meets another one, until each has met each: one stays, the others go round."""
+    ring = [*range(players + players % 2)]  # the last of an odd number's is nobody
+    for _ in ring[1:]:
+        half = len(ring) // 2
+        pairs = [(min(pair), max(pair)) for pair in zip(ring[:half], ring[: -half - 1 : -1], strict=True)]
+        yield [pair for pair in pairs if pair[1] < players]
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+
+
+def slowness(host: Host) -> float:
+    """How many times as long as here one process takes there."""
+    return max(1.0, 1 / host.cores) / host.speed
+
+
+def _host(place: Place, found: orders.HostMeasured, expected: float) -> Host:
+    crowding = max(1.0, 1 / found.cores)
+    speed = crowding * expected / found.seconds
+    return Host(name=place.address, cores=found.cores, memory=found.memory, speed=speed)
+
+
+def _linked(host: Host, there_and_back: Curve, links: Links, slow: float) -> Host:
+    """The host, with a link that is no better than such messages say; processors take so many times as long as here."""
+    small, here = there_and_back.points[0], links.curve("tcp/send", 2)
+    each, software = _slope(there_and_back) / 2, slow * _slope(here) / 2
+    wire = each - software if each > SOFTWARE * software else 0.0
+    latency = max(host.latency, (small.seconds - slow * here.at(small.x)) / 2 - small.x * wire)
+    mbit = min(8e-6 * FRAMED / wire, host.mbit or math.inf) if wire else host.mbit
+    return msgspec.structs.replace(host, latency=latency, mbit=mbit)
+
+
+def _slope(curve: Curve) -> float:
+    """Seconds of each byte, of the smallest and the largest message."""
+    low, high = curve.points[0], curve.points[-1]
+    return max(0.0, (high.seconds - low.seconds) / (high.x - low.x))
+
+
+def _software(way: str, curve: Curve, cluster: Cluster, links: Links) -> Curve:
+    """What processors like this machine's take for an operation: less what links take, but no less than here."""
+    h, hosts = len(cluster.hosts), cluster.hosts
+    slow, here = max(map(slowness, hosts)), links.curve(f"tcp/{way}", 2)
+    share, messages = {"all_reduce": (2 * (h - 1) / h, 2 * (h - 1)), "send": (2, 2)}.get(way, ((h - 1) / h, h - 1))
+    wires = [
+        max(share * point.x / host.bytes_per_second + messages * host.latency for host in hosts)
+        for point in curve.points
+    ]
+    return Curve(
+        tuple(
+            point._replace(seconds=max((point.seconds - wire) / slow, here.at(point.x)))
+            for point, wire in zip(curve.points, wires, strict=True)
+        )
+    )
+
+
+def _exchange(
+    groups: Sequence[Sequence[tuple[Survey, Place]]], sizes: list[int], only: str | None
+) -> list[dict[str, Curve]]:
+    """What the first of each group finds; all groups exchange at the same time."""
+    members = [member for group in groups for member in group]
+    given = [
+        orders.Exchange(rank=rank, ranks=len(group), secret=secret, host=place.address, sizes=sizes, only=only)
+        for group, secret in ((group, new_secret()) for group in groups)
+        for rank, (_, place) in enumerate(group)
+    ]
+    surveys = [survey for survey, _ in members]
+    listening = iter(_all(surveys, given, orders.Listening))
+    meetings = [orders.Meet(addresses=[next(listening).address for _ in group]) for group in groups]
+    told = [meeting for meeting, group in zip(meetings, groups, strict=True) for _ in group]
+    found = iter(_all(surveys, told, orders.Exchanged))
+    _all(surveys, [orders.Part()] * len(surveys), orders.Parted)
+    return [[next(found) for _ in group][0].curves for group in groups]  # noqa: RUF015 - all of them are taken
+
+
+def _all(surveys: Sequence[Survey], given: Sequence[m.Message], kind: type[M]) -> list[M]:
+    """What each says to its order; all are told before the first is asked."""
+    for survey, order in zip(surveys, given, strict=True):
+        survey.order(order)
+    return [survey.answer(kind) for survey in surveys]
+
+
+def _silence(text: str) -> None:
+    """It is told of all at once."""
