@@ -173,7 +173,8 @@ class Survey:
     def _start(self) -> None:
         self._sock, theirs = socket.socketpair()
         handed = [theirs.fileno(), *([self._pickle.fileno()] if self._pickle else [])]
-        environment = {**reusing(os.environ), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = reusing(os.environ) | alone
         self._process = subprocess.Popen(
             [*self._prefix, sys.executable, "-m", "tricorn.planner.surveyor", str(theirs.fileno())],
             pass_fds=handed, env=environment, stdin=subprocess.DEVNULL, stdout=2,
