@@ -46,7 +46,7 @@ def plan(
         raise errors.UsageError("a cluster is described, and an engine is given", remedy="Give one of the two.")
     from tricorn.trials import tried
 
-    return tried(job, given, engine, approximate=approximate)
+    return tried(job, given, engine=engine, approximate=approximate)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,18 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from tricorn import folder as folders
+from tricorn.comm.auth import new_secret
 from tricorn.comm.sockets import connect, receive_exactly
 from tricorn.control import messages as m
-from tricorn.engine.base import Engine, Gone, RoleSpec
+from tricorn.control.facts import Facts
+from tricorn.data.order import steps_per_epoch
+from tricorn.engine.base import Engine, Gone, JobFacts, RoleSpec, Timing
 from tricorn.errors import Interrupted, PeerLost, RoleFailed
+from tricorn.plan import Plan
 from tricorn.report.progress import Progress
 
 STOP_SECONDS = 2.0  # an interrupted run has so long to save and end
@@ -197,3 +203,47 @@ class Launcher:
         if self._coordinator is not None:
             self._coordinator.close()
             self._coordinator = None
+
+
+def launcher_of(
+    engine: Engine,
+    coordinator: tuple[str, int],
+    job: JobFacts,
+    plan: Plan,
+    timing: Timing,
+    folder: Path,
+    display: Progress,
+    *,
+    launch: str,
+    leaves: Callable[[m.Progress], bool],
+) -> Launcher:
+    """What runs a job that the engine has loaded, in a new or an earlier run's folder."""
+    steps = steps_per_epoch(job.samples, job.batch_size)
+    facts = Facts(
+        workers=plan.workers, servers=plan.servers, synchronous=plan.synchronous, samples=job.samples,
+        batch_size=job.batch_size, steps_per_epoch=steps, total_steps=steps * job.epochs,
+        evaluation_samples=job.evaluation_samples, checkpoint_seconds=timing.checkpoint_seconds,
+        checkpoint_steps=timing.checkpoint_steps, heartbeat_timeout=timing.heartbeat_timeout,
+    )  # fmt: skip
+    secret = new_secret()
+
+    def spec(role: str, incarnation: int) -> RoleSpec:
+        return RoleSpec(
+            role=role, incarnation=incarnation, coordinator=coordinator, secret=secret, folder=str(folder.resolve()),
+            launch=launch, threads=plan.threads or engine.threads(plan), plan=plan, job=job, facts=facts, timing=timing,
+        )  # fmt: skip
+
+    def note_pids(pids: dict[str, int]) -> None:
+        with contextlib.suppress(OSError):  # it is for whoever looks; a full disk is told where something is lost
+            folders.write_json(folder / "roles.json", pids)
+
+    def begun() -> None:
+        with contextlib.suppress(OSError):
+            folders.say(folder, job, plan)
+
+    folders.prepare(folder, job, plan)
+    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
+    silence = 3 * timing.heartbeat_timeout  # the hashes of a large checkpoint take their time
+    return Launcher(
+        engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids, begun=begun, leaves=leaves
+    )

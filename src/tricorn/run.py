@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from tricorn import folder as folders
+from tricorn import planner
 from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
-from tricorn.control.facts import Facts
 from tricorn.data.order import steps_per_epoch
-from tricorn.engine.base import Engine, JobFacts, RoleSpec, Timing
+from tricorn.engine.base import Engine, JobFacts, Timing
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import ClusterError, Interrupted, PlanError, TricornError, UsageError
 from tricorn.fields import shown
 from tricorn.job import Job
-from tricorn.launcher import Launcher
+from tricorn.launcher import Launcher, launcher_of
 from tricorn.plan import Options, Plan
 from tricorn.planner import learn, load
 from tricorn.planner.auto import choose, outlook
@@ -38,6 +38,7 @@ from tricorn.ps import caution
 from tricorn.report.failure import located
 from tricorn.report.progress import Progress, progress
 from tricorn.state import cores
+from tricorn.trials import tried
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +99,8 @@ def train(
         if "strategy" in given or resume is not None:
             plan = settled(given.pop("strategy", "dp"), given)
         else:
-            plan, expected = choose(job, given, engine=None if engine is LocalEngine else engine)
+            planning = planner.plan if engine is LocalEngine else partial(tried, engine=engine)
+            plan, expected = choose(job, given, planning=planning)
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     else:
@@ -221,50 +223,6 @@ def _looks(watch: Watch | None, job: JobFacts, display: Progress, *, replan: boo
         return replan
 
     return leaves
-
-
-def launcher_of(
-    engine: Engine,
-    coordinator: tuple[str, int],
-    job: JobFacts,
-    plan: Plan,
-    timing: Timing,
-    folder: Path,
-    display: Progress,
-    *,
-    launch: str,
-    leaves: Callable[[m.Progress], bool],
-) -> Launcher:
-    """What runs a job that the engine has loaded, in a new or an earlier run's folder."""
-    steps = steps_per_epoch(job.samples, job.batch_size)
-    facts = Facts(
-        workers=plan.workers, servers=plan.servers, synchronous=plan.synchronous, samples=job.samples,
-        batch_size=job.batch_size, steps_per_epoch=steps, total_steps=steps * job.epochs,
-        evaluation_samples=job.evaluation_samples, checkpoint_seconds=timing.checkpoint_seconds,
-        checkpoint_steps=timing.checkpoint_steps, heartbeat_timeout=timing.heartbeat_timeout,
-    )  # fmt: skip
-    secret = new_secret()
-
-    def spec(role: str, incarnation: int) -> RoleSpec:
-        return RoleSpec(
-            role=role, incarnation=incarnation, coordinator=coordinator, secret=secret, folder=str(folder.resolve()),
-            launch=launch, threads=plan.threads or engine.threads(plan), plan=plan, job=job, facts=facts, timing=timing,
-        )  # fmt: skip
-
-    def note_pids(pids: dict[str, int]) -> None:
-        with contextlib.suppress(OSError):  # it is for whoever looks; a full disk is told where something is lost
-            folders.write_json(folder / "roles.json", pids)
-
-    def begun() -> None:
-        with contextlib.suppress(OSError):
-            folders.say(folder, job, plan)
-
-    folders.prepare(folder, job, plan)
-    display.started(plan, total_steps=facts.total_steps, epochs=job.epochs)
-    silence = 3 * timing.heartbeat_timeout  # the hashes of a large checkpoint take their time
-    return Launcher(
-        engine, spec, display, steps_per_epoch=steps, silence=silence, note_pids=note_pids, begun=begun, leaves=leaves
-    )
 
 
 def timing_of(checkpoint_every: str | int, heartbeat_timeout: float) -> Timing:

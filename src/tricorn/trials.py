@@ -20,10 +20,10 @@ from tricorn.engine.base import Engine, Timing
 from tricorn.engine.hosts import OnHosts
 from tricorn.errors import Interrupted
 from tricorn.job import Job
+from tricorn.launcher import launcher_of
 from tricorn.plan import Plan
 from tricorn.planner import Planned
 from tricorn.report.progress import Progress
-from tricorn.run import launcher_of
 
 SETTLED, SETTLING = 20.0, 2.0  # steps, or seconds, after which sizes and shares that are tried first are settled
 SECONDS = 0.7  # of steps that are measured, at least
@@ -35,8 +35,8 @@ NEVER = 1e9  # seconds
 def tried(
     job: Job | tuple[str, str],
     given: Mapping[str, object],
-    engine: Callable[[Job | tuple[str, str]], Engine],
     *,
+    engine: Callable[[Job | tuple[str, str]], Engine],
     approximate: bool = False,
     fresh: bool = False,
     told: Callable[[str], None] = lambda text: None,

@@ -50,7 +50,7 @@ def plan(
         from tricorn.engine.local import LocalEngine
         from tricorn.trials import tried
 
-        found = tried(job_in(job), given, LocalEngine, approximate=approximate, fresh=fresh, told=_tell)
+        found = tried(job_in(job), given, engine=LocalEngine, approximate=approximate, fresh=fresh, told=_tell)
     else:
         found = planner.plan(job_in(job), given, cluster=cluster, approximate=approximate, fresh=fresh, told=_tell)
     chosen = found.chosen

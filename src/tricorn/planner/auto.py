@@ -14,7 +14,6 @@ from tricorn.planner.options import STRATEGIES, settled
 from tricorn.planner.replan import Outlook
 
 if TYPE_CHECKING:
-    from tricorn.engine.base import Engine
     from tricorn.job import Job
 
 
@@ -22,13 +21,12 @@ def choose(
     job: Job | tuple[str, str],
     given: Mapping[str, Any],
     told: Callable[[str], None] | None = None,
-    engine: Callable[[Job | tuple[str, str]], Engine] | None = None,
+    planning: Callable[..., planner.Planned] = planner.plan,
 ) -> tuple[Plan, Outlook | None]:
     """The best plan with what is given, and what it should cost; ``told`` hears how it is found.
 
-    It is for this machine, or where the ``engine`` runs, if one is given: there plans are tried.
-
-    What cannot be measured, for the job fails or nothing that was given goes with what can be planned, is trained by
+    It is for this machine, unless ``planning``, called as ``tricorn.planner.plan``, is for others. What cannot be
+    measured, for the job fails or nothing that was given goes with what can be planned, is trained by
     data parallel, or by the first strategy that has all that was given. Raises PlanError for values of wrong types,
     UsageError for a job that cannot be loaded.
     """
@@ -38,7 +36,7 @@ def choose(
     if not possible:
         return min(plain, key=lambda plan: len(plan.mistakes())), None  # the run says what is wrong with it
     try:
-        found = _tried(job, given, engine, told) if engine else planner.plan(job, given, told=told)
+        found = planning(job, given, told=told)
         chosen = found.chosen
     except (JobFailed, PlanError) as error:
         told(f"{possible[0].strategy}, for nothing can be predicted: {error}")
@@ -47,17 +45,6 @@ def choose(
     for sentence in disturbed(found.ground.busy):
         told(sentence)
     return chosen.plan, found.outlook
-
-
-def _tried(
-    job: Job | tuple[str, str],
-    given: Mapping[str, Any],
-    engine: Callable[[Job | tuple[str, str]], Engine],
-    told: Callable[[str], None],
-) -> planner.Planned:
-    from tricorn.trials import tried  # which runs jobs, and so stands above
-
-    return tried(job, given, engine, told=told)
 
 
 def outlook(job: Job | tuple[str, str], plan: Plan, *, thorough: bool) -> Outlook | None:
