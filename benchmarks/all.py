@@ -28,6 +28,7 @@ BENCHMARKS = (
     "ps_ctr",
     "ps_quality",
     "ps_bytes",
+    "planner",
 )
 
 

@@ -31,10 +31,7 @@ ENDED_SECONDS = 2.0
 
 
 class Kept(LocalEngine):
-    """An engine that is still warm for the next run: it loads PyTorch once, and the job anew for each run."""
-
-    def __init__(self, job: tuple[str, str], **where: object) -> None:
-        super().__init__(job, **where)
+    """An engine that is still warm for the next run, of the same job or another one of its file."""
 
     def next(self, job: tuple[str, str]) -> None:
         """What the next run trains."""

@@ -32,9 +32,9 @@ def plan(
 ) -> Planned:
     """Predict what every plan for the job would cost, and say which is best and why; see ``tricorn.planner.plan``.
 
-    ``cluster`` is a file that describes other machines. With an ``engine`` (``tricorn.engine.LocalEngine``, or what
-    ``tricorn.engine.hosts.on_hosts`` makes) the plan is for where that runs: hosts are measured, and the plans that
-    seem best are tried there for some steps.
+    ``cluster`` is a file that describes other machines. With an ``engine`` (``tricorn.engine.local.LocalEngine``, or
+    what ``tricorn.engine.hosts.on_hosts`` makes) the plan is for where that runs: hosts are measured, and the plans
+    that seem best are tried there for some steps.
     """
     from tricorn import planner
     from tricorn.planner.options import checked, decided

@@ -23,6 +23,7 @@ from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
 from tricorn.data.order import steps_per_epoch
 from tricorn.engine.base import Engine, JobFacts, Timing
+from tricorn.engine.hosts import OnHosts
 from tricorn.engine.local import LocalEngine
 from tricorn.errors import ClusterError, Interrupted, PlanError, TricornError, UsageError
 from tricorn.fields import shown
@@ -96,11 +97,15 @@ def train(
     given = decided(options)
     checked({"strategy": "dp", **given}, beside=inspect.signature(train).parameters)
     if plan is None:
-        if "strategy" in given or resume is not None:
+        own = engine is not LocalEngine and not isinstance(engine, OnHosts)
+        if "strategy" in given or resume is not None or own:
             plan = settled(given.pop("strategy", "dp"), given)
         else:
             planning = planner.plan if engine is LocalEngine else partial(tried, engine=engine)
-            plan, expected = choose(job, given, planning=planning)
+            try:
+                plan, expected = choose(job, given, planning=planning)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted by the user before the run began", remedy="Start it again.") from None
     elif options:
         raise UsageError(f"a plan is given, and {', '.join(options)} beside it", remedy="Give one of the two.")
     else:

@@ -88,6 +88,20 @@ def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
     assert "the largest difference" in done.stderr
 
 
+def test_what_a_trial_takes_is_what_is_predicted_from_then_on(place: Path) -> None:
+    only = ("plan", "job.py", "--strategy", "dp", "--workers", "1", "--json")
+    tried = run(place, *only, "--try")
+    assert "trying dp, 1 worker" in tried.stderr
+    found = json.loads(tried.stdout)
+    assert "Tried for some steps where they would run: dp, 1 worker." in found["reasons"]
+    (plan,) = found["plans"]
+    (again,) = json.loads(run(place, *only).stdout)["plans"]
+    assert again["seconds"] == pytest.approx(plan["seconds"])
+    refused = run(place, *only, "--try", "--cluster", "nowhere.toml")
+    assert refused.returncode == 2
+    assert "cannot be tried" in refused.stderr
+
+
 def test_a_run_is_simulated_on_machines_that_are_not_here(place: Path) -> None:
     (place / "many.toml").write_text(
         '[[host]]\ncount = 300\ncores = 2\nmemory = "4 GB"\nmbit = 1000\nstalls = 0.01\nfailures_per_day = 50\n'

@@ -57,7 +57,7 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     n = float(profile.weight_bytes)
     hosts, shares, times = ground.places(plan)[0], _shares(plan, ground), plan.microbatches or 1
     h = ground.spread(plan)
-    direct = h == 1 and not plan.zero and rounds == 1
+    direct = h == 1 and not plan.zero and rounds == 1 and plan.compress == "none"
     taken = [ground.on(host, plan, share / times, direct=direct) for host, share in zip(hosts, shares, strict=True)]
     computing = tuple(seconds * times for seconds, _ in taken)
     if h == 1:

@@ -24,7 +24,7 @@ from tricorn.engine.base import JobFacts, RoleSpec
 from tricorn.errors import PeerLost, UsageError, users_line
 from tricorn.job import Job
 from tricorn.plan import Plan
-from tricorn.state import memory
+from tricorn.state import cores, memory
 
 _PR_SET_PDEATHSIG = 1
 
@@ -42,6 +42,7 @@ class Load(m.Message, frozen=True, kw_only=True):
 class Loaded(m.Message, frozen=True, kw_only=True):
     job: JobFacts
     coordinator: m.Address
+    cores: float  # that processes there may use together
 
 
 class Spawn(m.Message, frozen=True, kw_only=True):
@@ -144,7 +145,7 @@ class ForkServer:
         else:
             memory.give_back()
             gc.freeze()  # what is loaded stays shared with the roles
-            self._say(Loaded(job=facts, coordinator=self._listener.getsockname()[:2]))
+            self._say(Loaded(job=facts, coordinator=self._listener.getsockname()[:2], cores=cores.share()))
 
     def _spawn(self, spec: RoleSpec) -> None:
         parent = os.getpid()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tricorn.control import messages as m
 from tricorn.engine.base import Engine, Gone, JobFacts, RoleSpec
@@ -18,6 +18,7 @@ from tricorn.errors import ClusterError, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
 
+T = TypeVar("T")
 KILL_SECONDS = 2.0  # a host that has not ended a role so long after it was told to is taken for lost
 
 
@@ -57,10 +58,10 @@ class Placement:
     A role that fell silent there is better off on the next host, for the fault may be the host's or its link's.
     """
 
-    def __init__(self, hosts: int) -> None:
+    def __init__(self, hosts: int, lost: Iterable[int] = ()) -> None:
         self._hosts = hosts
         self._moves: dict[str, int] = {}
-        self.lost: set[int] = set()
+        self.lost = {*lost}
 
     def host(self, role: str, workers: int) -> int:
         """Where the role's next life is. Of the hosts that are not lost, at least one has to be left."""
@@ -99,9 +100,11 @@ class HostsEngine:
         return {role: pid for host in self._living() for role, pid in self._engines[host].pids.items()}
 
     def load(self, plan: Plan) -> tuple[JobFacts, m.Address]:
+        if lost := [self._engines[host].host for host in sorted(self._placement.lost)]:
+            raise ClusterError(f"lost: {', '.join(lost)}", remedy="Leave it out, or start anew when it is back.")
         for engine in self._engines:
             engine.begin_load(plan)
-        (facts, coordinator), *others = [engine.loaded() for engine in self._engines]
+        (facts, coordinator), *others = _all_of([engine.loaded for engine in self._engines])
         for engine, (other, _) in zip(self._engines[1:], others, strict=True):
             if other != facts:
                 raise UsageError(
@@ -111,7 +114,7 @@ class HostsEngine:
         return facts, coordinator
 
     def threads(self, plan: Plan) -> int:
-        return self._engines[0].threads(plan)  # hosts are alike
+        return min(engine.threads(plan) for engine in self._engines)
 
     def start(self, spec: RoleSpec) -> None:
         host = self._placement.host(spec.role, spec.plan.workers)
@@ -149,6 +152,7 @@ class HostsEngine:
             self._engines[host].rest(patience)
         self._homes.clear()
         self._overdue.clear()
+        self._placement = Placement(len(self._engines), self._placement.lost)
 
     def close(self) -> None:
         self._news.close()
@@ -174,3 +178,17 @@ class HostsEngine:
             del self._homes[role]
             self._overdue.pop(role, None)
         return [Gone(role, life, f"its host {address} is lost: {why}") for role, life in there]
+
+
+def _all_of(asked: Sequence[Callable[[], T]]) -> list[T]:
+    """What all return, or the first error, once all have answered."""
+    found: list[T] = []
+    errors: list[Exception] = []
+    for ask in asked:
+        try:
+            found.append(ask())
+        except (UsageError, ClusterError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -47,17 +48,16 @@ class LocalEngine:
         self._sock, theirs = socket.socketpair()
         self._pickle_fd = self._pickled.fileno() if self._pickled else None
         handed = [theirs.fileno(), *([self._pickle_fd] if self._pickle_fd is not None else [])]
-        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment = reusing(os.environ) | alone
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which ends the run in order.
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "tricorn.engine.forkserver", str(theirs.fileno()), host],
-            pass_fds=handed, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=2,
+            pass_fds=handed, env=environment(), start_new_session=True, stdin=subprocess.DEVNULL, stdout=2,
         )  # fmt: skip
         theirs.close()
         self._decode = m.Decoder(FromServer)
         self._gone: list[Gone] = []
         self._lives: dict[str, int] = {}  # incarnation, by role
+        self._cores = math.inf  # that it may use, once it says so
         self.pids: dict[str, int] = {}
 
     def load(self, plan: Plan) -> tuple[JobFacts, m.Address]:
@@ -79,10 +79,11 @@ class LocalEngine:
         if isinstance(answer, m.Failed):
             raise _USAGE.get(answer.kind, UsageError)(answer.message, remedy=answer.remedy, where=answer.where)
         assert isinstance(answer, Loaded)
+        self._cores = answer.cores
         return answer.job, answer.coordinator
 
     def threads(self, plan: Plan) -> int:
-        return cores.threads(cores.usable() / self._hosts, -(-plan.workers // self._hosts))
+        return cores.threads(min(self._cores, cores.usable() / self._hosts), -(-plan.workers // self._hosts))
 
     def start(self, spec: RoleSpec) -> None:
         self._lives[spec.role] = spec.incarnation
@@ -110,30 +111,31 @@ class LocalEngine:
         return self._sock.fileno()
 
     def rest(self, patience: float = 0.0) -> None:
-        """Between two runs: wait so many seconds for all roles to end, then end them; the process stays warm."""
-        until = time.monotonic() + patience
-        while self._lives:
-            if (left := until - time.monotonic()) > 0:
-                select.select([self], [], [], left)
-            else:
-                for role, incarnation in self._lives.items():
-                    self.kill(role, incarnation)
-                select.select([self], [], [])
-            self.gone()
+        """Between two runs: wait so many seconds for all roles to end, then end them; the process stays warm.
+
+        Raises ClusterError if they do not end.
+        """
+        for until in (time.monotonic() + patience, time.monotonic() + patience + CLOSE_SECONDS):
+            while self._lives and (left := until - time.monotonic()) > 0:
+                news = select.poll()
+                news.register(self._sock, select.POLLIN)
+                news.poll(1000 * left)
+                self._gone += self.gone()
+            for role, incarnation in self._lives.items():
+                self.kill(role, incarnation)
+        if self._lives:
+            raise ClusterError(
+                f"{', '.join(self._lives)} cannot be ended on {self.host}",
+                remedy="See whether that host still answers.",
+            )
+        self._gone.clear()
 
     def close(self, patience: float = CLOSE_SECONDS) -> None:
         """End all; a process that is still there after so many seconds is killed."""
         self._sock.close()  # at the end of the stream the fork server ends every role, then itself
         if self._pickled:
             self._pickled.close()
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # and the kernel ends its forks with it
-            # A frozen process dies of it when it is thawed, which may be long after the run.
-            reaper = threading.Thread(target=self._process.wait, name="tricorn-reaper", daemon=True)
-            reaper.start()
-            reaper.join(patience)
+        end(self._process, patience)
 
     def _say(self, message: m.Message) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by the next read
@@ -149,6 +151,23 @@ class LocalEngine:
                 f"the process that starts the roles is gone ({reason})",
                 remedy="Look above for what it printed; `tricorn train --resume RUN` goes on from the last checkpoint.",
             ) from None
+
+
+def environment() -> dict[str, str]:
+    """Of processes that fork: libraries start no threads in them, and memory that is freed is taken again."""
+    return reusing(os.environ) | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Wait so many seconds for it to end, then kill it."""
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and the kernel ends its forks with it
+        # A frozen process dies of it when it is thawed, which may be long after the run.
+        reaper = threading.Thread(target=process.wait, name="tricorn-reaper", daemon=True)
+        reaper.start()
+        reaper.join(patience)
 
 
 def pickled(job: Job) -> IO[bytes]:

@@ -22,10 +22,10 @@ from tricorn.planner.prediction import Prediction, Rejected
 from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, predicted, search
 from tricorn.planner.survey import Survey
-from tricorn.planner.there import Place
 from tricorn.planner.trying import Trial, try_out
 
 if TYPE_CHECKING:
+    from tricorn.engine.hosts import Place
     from tricorn.job import Job
 
 __all__ = ["Cluster", "Outlook", "Planned", "Prediction", "Rejected", "foreseen", "learn", "plan"]
@@ -98,6 +98,7 @@ def plan(
     Raises UsageError for a job that cannot be loaded and a cluster file with mistakes, PlanError for ``given`` fields
     that no strategy has together, JobFailed for a job that cannot be measured.
     """
+    assert not (cluster and places)
     where = clusters.of(cluster)
     given = decided(given or {})
     refuse_mistakes(given)

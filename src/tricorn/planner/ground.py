@@ -36,7 +36,7 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class Ground:
-    """``cluster`` may be elsewhere: then speeds are this machine's times what the cluster file says.
+    """``cluster`` may be elsewhere: then speeds are this machine's times what is said, or was measured, of its hosts.
 
     ``seen`` is what runs of the job have taught.
     """
@@ -190,7 +190,7 @@ class Ground:
             found.append(f"{n / 1e6:,.0f} MB to exchange, of which a smaller amount was measured")
         if self.profile.device != "cpu":
             found.append(f"exchanging from {self.profile.device}")
-        if self.cluster.described:
+        if self.cluster.described and not self.cluster.present:
             found.append("links between hosts, and speeds, that the cluster file states")
         return tuple(found)
 

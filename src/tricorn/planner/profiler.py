@@ -82,7 +82,7 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
                 too_large = f"{workers} copies of the model are more than half of the memory that is free"
                 continue
             sizes = shares(batch, workers)
-            for how in ("whole", *["served"] * by_rows, *["direct"] * facts["linear"]):
+            for how in ("whole", *["served"] * by_rows, *["direct"] * (facts["linear"] and facts["device"] == "cpu")):
                 bodies = [partial(computing.compute, job, threads, sizes, how)] * workers
                 found = quiet.measure(partial(computing.side_by_side, bodies, sizes))
                 if how == "direct":
@@ -106,7 +106,7 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
         told("layers that are split")
         with suppress(UserCodeError):
             stages, room = MOST_STAGES if layers else 0, cores > 1 and _fits(facts, 2)
-            body = partial(splitting, job, stages, compute["1x1"] if room else None)
+            body = partial(splitting, job, stages, compute.get("1x1") if room else None)
             split = msgspec.convert(quiet.measure(partial(_said, body)), Splitting | None)
     gathered = 0
     if compute and not unmeasured:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import msgspec
 
 from tricorn.control import messages as m
 from tricorn.engine.forkserver import receive
-from tricorn.engine.local import pickled
+from tricorn.engine.hosts import Place
+from tricorn.engine.local import end, environment, pickled
 from tricorn.errors import JobFailed, PeerLost, UsageError
 from tricorn.job import Job
 from tricorn.plan import Plan
@@ -26,18 +26,19 @@ from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
-from tricorn.state.memory import reusing
 
 M = TypeVar("M", bound=m.Message)
+PATIENCE = 120.0  # seconds for one measurement on a host
+END_SECONDS = 2.0
 
 
 class Survey:
     """Of one job, given as itself or as (file, name), or of the machine alone. Use as a context manager.
 
     ``told`` hears what is being measured; with ``fresh`` nothing is taken from disk, and what was measured on a busy
-    machine is measured again when it no longer is. A process is started only when something has to be measured, with
-    the ``prefix`` before its command. Raises UsageError for a job that cannot be loaded, JobFailed for what cannot be
-    measured.
+    machine is measured again when it no longer is. A process is started only when something has to be measured, on the
+    host at that ``place``, if one is given. Raises UsageError for a job that cannot be loaded, JobFailed for what
+    cannot be measured.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Survey:
         *,
         told: Callable[[str], None],
         fresh: bool = False,
-        prefix: Sequence[str] = (),
+        place: Place | None = None,
     ) -> None:
         self._job = job
-        self._prefix = prefix
+        self._prefix = place.prefix if place else ()
+        self._name = place.address if place else "the process that measures"
         self._told = told
         self._fresh = fresh
         self._pickle = pickled(job) if isinstance(job, Job) else None
@@ -67,11 +69,7 @@ class Survey:
         if self._sock is not None:
             self._sock.close()  # at the end of the stream the surveyor ends
         if self._process is not None:
-            try:
-                self._process.wait(2.0)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end(self._process, END_SECONDS)
         if self._pickle is not None:
             self._pickle.close()
 
@@ -173,13 +171,13 @@ class Survey:
     def _start(self) -> None:
         self._sock, theirs = socket.socketpair()
         handed = [theirs.fileno(), *([self._pickle.fileno()] if self._pickle else [])]
-        alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment = reusing(os.environ) | alone
         self._process = subprocess.Popen(
             [*self._prefix, sys.executable, "-m", "tricorn.planner.surveyor", str(theirs.fileno())],
-            pass_fds=handed, env=environment, stdin=subprocess.DEVNULL, stdout=2,
+            pass_fds=handed, env=environment(), stdin=subprocess.DEVNULL, stdout=2,
         )  # fmt: skip
         theirs.close()
+        if self._prefix:  # the host may hang
+            self._sock.settimeout(PATIENCE)
 
     def load(self) -> orders.Load:
         """What has the process load the job."""
@@ -198,6 +196,11 @@ class Survey:
         try:
             while isinstance(answer := receive(self._sock, decode), orders.Told):
                 self._told(answer.text)
+        except TimeoutError:
+            raise JobFailed(
+                f"{self._name} does not answer for {PATIENCE:.0f} s while it is measured",
+                remedy="Leave that host out, or name a plan by its strategy, which needs no figures.",
+            ) from None
         except (PeerLost, ConnectionError):
             raise JobFailed(
                 "the process that measures the job is gone, perhaps for want of memory",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 import sysconfig
@@ -184,6 +185,7 @@ def _mistake(error: BaseException) -> TricornError:
 def main() -> None:
     """Serve the planner at the other end of the descriptor that the command names."""
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the planner, which hangs up
     sock = socket.socket(fileno=int(sys.argv[1]))
     import torch
 

@@ -217,9 +217,9 @@ def _timed(group: Group, work: Callable[[], None]) -> Figure:
         work()
         taken.append(time.perf_counter() - began)
         if len(taken) == 1:
-            rounds[0] = SWEPT / taken[0]
+            rounds[0] = SWEPT / taken[0] if group.rank == 0 else 0.0
             group.all_reduce_now(rounds)  # for all to make as many
-            rounds.div_(group.size).clamp_(FEWEST, ROUNDS)
+            rounds.clamp_(FEWEST, ROUNDS)
     return Figure.of(taken[1:])
 
 

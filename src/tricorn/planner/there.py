@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from tricorn.comm.auth import new_secret
 from tricorn.control import messages as m
+from tricorn.engine.hosts import Place
+from tricorn.errors import JobFailed
 from tricorn.planner import orders
 from tricorn.planner.cluster import FRAMED, Cluster, Host
 from tricorn.planner.figures import Curve
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.planner.survey import M, Survey
+from tricorn.state import cores
 
 if TYPE_CHECKING:
     from tricorn.job import Job
@@ -30,29 +33,26 @@ SOFTWARE = 1.5  # times what sending a byte takes processors alone: a link that 
 MEASURED_SAMPLES = 4  # a batch's part that a host computes with
 
 
-class Place(Protocol):
-    """A host: the address that it is reached at, and what to put before a command to start it there."""
-
-    address: str
-    prefix: tuple[str, ...]
-
-
 def measured(
     job: Job | tuple[str, str], places: Sequence[Place], profile: Profile, links: Links, told: Callable[[str], None]
 ) -> tuple[Cluster, Links]:
     """The hosts, and the links with what the collectives of all of them take their processors.
 
-    ``profile`` and ``links`` are of this machine. Raises UsageError and JobFailed as ``Survey``.
+    ``profile`` and ``links`` are of this machine. Raises UsageError and JobFailed as ``Survey``, JobFailed for a job
+    that cannot be run here.
     """
+    if not profile.compute:
+        raise JobFailed(f"the job cannot be measured: {profile.unmeasured}", remedy="Name a plan by its strategy.")
     with ExitStack() as stack:
-        there = [stack.enter_context(Survey(job, told=_silence, prefix=place.prefix)) for place in places]
-        told(f"loading the job on {len(there)} hosts")
+        there = [stack.enter_context(Survey(job, told=_silence, place=place)) for place in places]
+        told("loading the job on " + ", ".join(place.address for place in places))
         _all(there, [each.load() for each in there], orders.Loaded)
         told("computing on each")
         samples = max(1, min(profile.batch_size, profile.samples) // MEASURED_SAMPLES)
         found = _all(there, [orders.MeasureHost(samples=samples)] * len(there), orders.HostMeasured)
         expected = profile.computing(1, 1, samples)[0]
-        hosts = [_host(place, each, expected) for place, each in zip(places, found, strict=True)]
+        room = cores.usable() / len(places)  # hosts without a quota share this machine's
+        hosts = [_host(place, each, room, expected) for place, each in zip(places, found, strict=True)]
         if len(there) == 1:
             return Cluster(hosts=tuple(hosts), described=True, present=True), links
         for pairs in tournament(len(there)):
@@ -85,10 +85,11 @@ def slowness(host: Host) -> float:
     return max(1.0, 1 / host.cores) / host.speed
 
 
-def _host(place: Place, found: orders.HostMeasured, expected: float) -> Host:
-    crowding = max(1.0, 1 / found.cores)
-    speed = crowding * expected / found.seconds
-    return Host(name=place.address, cores=found.cores, memory=found.memory, speed=speed)
+def _host(place: Place, found: orders.HostMeasured, room: float, expected: float) -> Host:
+    """``expected``: seconds that what it computed takes here; ``room``: cores that are there for each host."""
+    available = min(found.cores, room)
+    speed = max(1.0, 1 / available) * expected / found.seconds
+    return Host(name=place.address, cores=available, memory=found.memory, speed=speed)
 
 
 def _linked(host: Host, there_and_back: Curve, links: Links, slow: float) -> Host:

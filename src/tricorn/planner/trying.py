@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,10 +18,22 @@ from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, WhyNot, exact, search
 
 SECONDS = 30.0  # for all trials
-WORTH = 400.0  # steps of a run that a trial counts for: it was made for this, and nothing else was going on
+WORTH, MOST_WORTH = 20.0, 400.0  # steps of a run that one of a trial counts for, and all: nothing else was going on
+FEWEST_STEPS = 3
+IN_VAIN = 2  # trials without enough steps, after which there are no more: the job has too few, or they take too long
 RIVAL = 1.25  # times the best: predictions of what was not tried may be as far off
+CLOSE = 1.1  # times the best: what two trials of one plan may differ by
 
-Trial = Callable[[Plan], Mapping[str, float]]  # seconds of a step by term (report/compare.py); empty if none was made
+
+class Tried(NamedTuple):
+    """What a trial found: seconds of a step by term (report/compare.py), of so many steps."""
+
+    measured: Mapping[str, float]
+    steps: float
+
+
+NOTHING = Tried({}, 0.0)
+Trial = Callable[[Plan], Tried]
 
 
 def try_out(
@@ -35,7 +48,8 @@ def try_out(
     """
     failed: dict[Plan, str] = {}
     tried: list[Plan] = []
-    until = now() + SECONDS
+    seen: dict[Plan, None] = {}  # of those what was measured
+    until, in_vain = now() + SECONDS, 0
 
     def why(plans: Sequence[Plan]) -> list[str | None]:
         return [failed.get(plan) or reason for plan, reason in zip(plans, why_not(plans), strict=True)]
@@ -43,25 +57,34 @@ def try_out(
     while True:
         planning = search(ground, why, given, approximate=approximate)
         following = _next(planning, tried, approximate=approximate)
-        if following is None or now() > until:
-            return msgspec.structs.replace(planning, tried=tuple(plan for plan in tried if plan not in failed)), ground
+        if following is None or now() > until or in_vain == IN_VAIN:
+            return msgspec.structs.replace(planning, tried=tuple(seen)), ground
         told(f"trying {named(following.plan)}")
         tried.append(following.plan)
         try:
-            measured = trial(following.plan)
+            found = trial(following.plan)
         except TricornError as error:
             failed[following.plan] = f"it was tried, and failed: {error}"
         else:
-            if measured:
-                ground = Outlook(following, ground, {}).after(measured, WORTH)
+            if found.steps < FEWEST_STEPS:
+                in_vain += 1
+                continue
+            seen |= {following.plan: None}
+            ground = Outlook(following, ground, {}).after(found.measured, min(WORTH * found.steps, MOST_WORTH))
 
 
 def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Prediction | None:
-    """What to try now: the chosen plan; then the best that come near it; then the best of each way to exchange."""
+    """What to try now: the chosen plan; then the best that come near it; then the best of each way to exchange; and
+    once more those between which a trial may be wrong.
+    """
     chosen = planning.chosen
     if chosen is None or chosen.plan not in tried:
         return chosen
     left = [each for each in planning.ranked if each.plan not in tried and (approximate or exact(each.plan))]
     near = (each for each in left if each.score <= RIVAL * chosen.score)
     ways = {way(plan) for plan in tried}
-    return next(near, None) or next((each for each in left if way(each.plan) not in ways), None)
+    other = next(near, None) or next((each for each in left if way(each.plan) not in ways), None)
+    close = [each for each in planning.ranked if each.plan in tried and each.score <= CLOSE * chosen.score]
+    if other is not None or len(close) == 1:
+        return other
+    return next((each for each in close if tried.count(each.plan) == 1), None)

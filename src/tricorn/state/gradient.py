@@ -115,13 +115,14 @@ def _refuse_all_pairs(job: Job, output: Any, target: Any) -> None:
         return
     if output.shape == target.shape or output.numel() != target.numel() or torch.equal(target, target.flip(0)):
         return
-    right = target.reshape(output.shape).to(output.dtype)
+    exact = target.double() if target.is_floating_point() else target
+    right = exact.reshape(output.shape).double()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            one, other = (float(job.loss(right, each)) for each in (target, target.flip(0)))
+            one, other = (float(job.loss(right, each)) for each in (exact, exact.flip(0)))
     except Exception:  # outputs are of another kind than targets
         return
-    if one and abs(one - other) <= 1e-4 * abs(one):
+    if one and abs(one - other) <= 1e-12 * abs(one):  # a sum of all pairs, in another order
         raise JobFailed(
             f"the loss compares every output with every target, not each with its own: {form(output)} is broadcast "
             f"against {form(target)}",
