@@ -76,7 +76,7 @@ def test_every_plan_that_seems_nearly_as_good_is_tried_and_one_of_each_way() -> 
     assert all(exact(one) for one in found.tried)
     close = {each.plan for each in found.ranked if each.score <= CLOSE * found.chosen.score} & set(found.tried)
     twice = {one for one in machine.tried if machine.tried.count(one) > 1}
-    assert twice == (close if len(close) > 1 else set())
+    assert len(close) == 1 or close <= twice  # others seemed close before something else was tried
     assert len(machine.tried) == len(set(machine.tried)) + len(twice)
 
 
