@@ -1,6 +1,6 @@
 """A wide network that learns which byte comes next: CPython's own documentation topics, a tenth of them held out.
 
-A neural probabilistic language model (Bengio and others 2003) of twelve million weights, of which a step of 64 samples
+A neural probabilistic language model (Bengio and others 2003) of twelve million weights, of which a step of 32 samples
 reads all: exchanging their gradients takes as long as computing them, so workers do better to have layers of their own.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tricorn
 
 CONTEXT, EMBEDDED, WIDTH, BYTES = 16, 32, 3072, 256
-SAMPLES, HELD_OUT, BATCH_SIZE = 3072, 512, 64
+SAMPLES, HELD_OUT, BATCH_SIZE = 2048, 512, 32
 
 text = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items())).encode()
 tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
