@@ -188,7 +188,7 @@ def cases_in(out: Path) -> Iterator[tuple[str, Case]]:
             predictions = predictions_of(said)
             case = Case(
                 predictions, said["chosen"], said["traits"], [run for run in runs if run.plan in predictions],
-                tried=said["tried"], stated=said.get("stated", {}),
+                tried=said["tried"], stated=said["stated"],
             )  # fmt: skip
             if case.exact:
                 yield f"{said['case']} on {said['cluster']}", case

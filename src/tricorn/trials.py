@@ -8,7 +8,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from tricorn import folder as folders
@@ -24,12 +23,11 @@ from tricorn.job import Job
 from tricorn.launcher import launcher_of
 from tricorn.plan import Plan
 from tricorn.planner import Planned
-from tricorn.planner.trying import NOTHING, Tried
+from tricorn.planner.trying import FEWEST_STEPS, NOTHING, Tried
 from tricorn.report.progress import Progress
 
 SETTLED, SETTLING = 20.0, 2.0  # steps, or seconds, after which sizes and shares that are tried first are settled
 SECONDS = 0.7  # of steps that are measured, at least
-FEWEST_STEPS = 3
 LONGEST = 15.0  # seconds of a trial; what has not made its steps by then is not measured
 NEVER = 1e9  # seconds
 
@@ -61,8 +59,7 @@ class Trials:
     """Of one job on one engine, which stays warm between them. A context manager; call it with a plan."""
 
     def __init__(self, job: Job | tuple[str, str], engine: Callable[[Job | tuple[str, str]], Engine]) -> None:
-        self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tricorn-")))
+        self._runs = tempfile.TemporaryDirectory(prefix="tricorn-")
         self._job, self._make = job, engine
         self._engine: Engine | None = None
 
@@ -72,7 +69,7 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._stack.close()
+        self._runs.cleanup()
 
     def __call__(self, plan: Plan) -> Tried:
         """Run the plan for some steps. Raises what a run raises."""
@@ -89,7 +86,7 @@ class Trials:
 
     def _run(self, plan: Plan, engine: Engine) -> Tried:
         facts, coordinator = engine.load(plan)
-        folder = folders.create(self._folder, facts, plan)
+        folder = folders.create(Path(self._runs.name), facts, plan)
         settled: tuple[float, Mapping[str, float]] = 0.0, {}
         until = time.monotonic() + SETTLING
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tricorn.planner.ground import Ground
     from tricorn.planner.profile import Profile
 
-BUCKET = 1 << 20  # bytes; smaller gradients travel when all is computed
+BUCKET = 1 << 20  # bytes of a gradient that travel at once (dp/buckets.py)
 FIRST = BUCKET // 4  # of the bucket that travels first (dp/buckets.py)
 RANK = 4  # of PowerSGD (dp/powersgd.py)
 

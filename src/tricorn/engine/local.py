@@ -67,9 +67,8 @@ class LocalEngine:
     def begin_load(self, plan: Plan) -> None:
         """Begin to make the job ready; ``loaded`` waits for it."""
         file, name = self._job if isinstance(self._job, tuple) else (None, "")
-        fd = self._pickle_fd
         sharing = -(-(plan.workers + plan.servers) // self._hosts)
-        self._say(Load(file=file, name=name, pickle_fd=fd, plan=plan, sharing=sharing))
+        self._say(Load(file=file, name=name, pickle_fd=self._pickle_fd, plan=plan, sharing=sharing))
 
     def loaded(self) -> tuple[JobFacts, m.Address]:
         """What ``load`` returns and raises."""
@@ -120,7 +119,7 @@ class LocalEngine:
                 news = select.poll()
                 news.register(self._sock, select.POLLIN)
                 news.poll(1000 * left)
-                self._gone += self.gone()
+                self.gone()
             for role, incarnation in self._lives.items():
                 self.kill(role, incarnation)
         if self._lives:
@@ -128,7 +127,6 @@ class LocalEngine:
                 f"{', '.join(self._lives)} cannot be ended on {self.host}",
                 remedy="See whether that host still answers.",
             )
-        self._gone.clear()
 
     def close(self, patience: float = CLOSE_SECONDS) -> None:
         """End all; a process that is still there after so many seconds is killed."""

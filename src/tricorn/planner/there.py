@@ -139,9 +139,9 @@ def _exchange(
     listening = iter(_all(surveys, given, orders.Listening))
     meetings = [orders.Meet(addresses=[next(listening).address for _ in group]) for group in groups]
     told = [meeting for meeting, group in zip(meetings, groups, strict=True) for _ in group]
-    found = iter(_all(surveys, told, orders.Exchanged))
+    found = _all(surveys, told, orders.Exchanged)
     _all(surveys, [orders.Part()] * len(surveys), orders.Parted)
-    return [[next(found) for _ in group][0].curves for group in groups]  # noqa: RUF015 - all of them are taken
+    return [each.curves for each, order in zip(found, given, strict=True) if order.rank == 0]
 
 
 def _all(surveys: Sequence[Survey], given: Sequence[m.Message], kind: type[M]) -> list[M]:
