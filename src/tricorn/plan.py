@@ -35,7 +35,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Model parallel workers make a mesh: ``replicas`` of the model, each spread over ``tensor`` workers within a
     layer and over the others, ``stages``, from layer to layer. ``cuts`` are the blocks before which stages begin,
-    ``schedule`` the order of their work, of which each worker has ``chunks`` stages when it is interleaved;
+    counted from 0 in a model that is looked into as if it were to have eight stages, or as many as it has if these
+    are more; ``schedule`` the order of their work, of which each worker has ``chunks`` stages when it is interleaved;
     ``recompute`` keeps only what stages hand on, and computes the rest of their activations again. Replicas may be
     ``zero=1``. What is ``None`` Tricorn chooses. ``embeddings`` are whole in every replica or spread over the
     workers by ``rows``, ``columns`` or ``tables``. ``ps+dp`` and ``ps+mp`` have the tables on servers and the rest

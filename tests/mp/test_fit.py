@@ -21,7 +21,7 @@ from tricorn.errors import PlanError
 from tricorn.plan import Plan
 from tricorn.testing.hosts import Host, hosts, hosts_unavailable
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "jobs"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "jobs"))
 import fit
 
 cloudpickle.register_pickle_by_value(fit)  # where roles run there is no such module

@@ -82,7 +82,7 @@ def test_a_plan_is_made_once_and_held_to(place: Path) -> None:
     summary = json.loads(done.stdout)
     assert summary["plan"] == found["chosen"]
     assert set(summary["measured"]) - {"waiting"} == {"step", "data", "compute", "exchange"}
-    (chosen,) = [plan for plan in found["plans"] if plan["plan"] == found["chosen"]]
+    (chosen,) = [plan for plan in again["plans"] if plan["plan"] == found["chosen"]]
     assert summary["predicted"]["step"] == pytest.approx(chosen["seconds"])
     assert summary["worst_term"] in ("compute", "data", "exchange", "waiting")
     assert "the largest difference" in done.stderr

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import tricorn
 from tricorn import Table, optim, strategy
 from tricorn.job import Job
+from tricorn.mp.cut import NUMBERED
 from tricorn.mp.mesh import chunks_of
 from tricorn.mp.partition import blocks_of, legal_cuts
 from tricorn.plan import Plan
@@ -176,7 +177,7 @@ def even_cuts(job: Job, plan: Plan) -> Plan:
     stages = plan.stages * chunks_of(plan) if plan.dense == "mp" else 1
     if plan.dense != "mp" or plan.cuts is not None:
         return plan
-    legal = legal_cuts(blocks_of(job, build_model(job), stages))
+    legal = legal_cuts(blocks_of(job, build_model(job), max(stages, NUMBERED)))
     return msgspec.structs.replace(plan, cuts=tuple(legal[len(legal) * s // stages] for s in range(1, stages)))
 
 

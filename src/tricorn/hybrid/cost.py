@@ -38,7 +38,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     sending: Traffic = cost.traffic(plan, on)
     sending.add(_traffic(plan, ground))
     return msgspec.structs.replace(
-        dense, plan=plan, terms=terms, memory=_memory(plan, ground, dense), sent=sending.sent,
+        dense, terms=terms, memory=_memory(plan, ground, dense), sent=sending.sent,
         links=sending.links(ground),
     )  # fmt: skip
 

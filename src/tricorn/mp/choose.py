@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tricorn.errors import PlanError
-from tricorn.mp.cut import SHARED, Fits, Link, balanced, minimax
+from tricorn.mp.cut import SHARED, Fits, Link, balanced, fineness, minimax
 from tricorn.mp.measure import Cost, example, measure, update_seconds
 from tricorn.mp.memory import Held, stage_bytes
 from tricorn.mp.partition import Block, blocks_of, legal_cuts, wrong_cuts
@@ -66,7 +66,7 @@ def choose(
     baseline, resident = own_bytes() + FIRST_STEP + COPIED, resident_bytes() + FIRST_STEP
     model = build_model(job)
     elsewhere = _elsewhere(job, plan, model)
-    found = blocks_of(job, model, stages)
+    found = blocks_of(job, model, fineness(plan, stages))
     if plan.cuts is not None and (reason := wrong_cuts(found, plan.cuts, stages)):
         raise PlanError(reason)
     batch = example(job, samples)

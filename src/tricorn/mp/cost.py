@@ -6,12 +6,14 @@ Legend: p stages, v chunks of each, t shards of a layer, R replicas, M microbatc
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec.structs import replace
+
 from tricorn.errors import PlanError
-from tricorn.mp.cut import Link, balanced
+from tricorn.mp.cut import NUMBERED, Link, balanced
 from tricorn.mp.mesh import Mesh, Place, chunks_of
 from tricorn.mp.schedule import gathered, microbatches_of, order, split
 from tricorn.mp.simulate import Work, most_in_flight, simulate
@@ -58,7 +60,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     }  # fmt: skip
     sending = mesh.traffic()
     return Prediction(
-        plan=plan,
+        plan=mesh.cut(),
         terms=terms,
         scatter=combined((simulated.seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
         memory=mesh.memory(),
@@ -101,6 +103,13 @@ class _Mesh:
         self.per_step = per_step * max(self.slow)
         self.exchanged = 0.0
         self.line = self._line()
+
+    def cut(self) -> Plan:
+        """The plan, with the cuts that all this is of."""
+        if not self.profile.layers or not 1 < len(self.stages) <= NUMBERED:
+            return self.plan
+        lengths = accumulate(len(stage.layers) for stage in self.stages[:-1])
+        return replace(self.plan, cuts=tuple(lengths))
 
     def parts(self) -> Parts:
         """What a step consists of."""
@@ -196,7 +205,10 @@ class _Mesh:
             raise ValueError(profile.no_layers or f"the model can be cut into {len(legal) + 1} stages at most")
         hop = self._hop
         price = Link(0.0, max(0.0, hop(MEGABYTE) - hop(0.0)) / MEGABYTE)
-        seconds, handed = [layer.seconds for layer in layers], [layer.output_bytes for layer in layers]
+        update = profile.updating(1, 1, profile.weight_bytes) / max(1, profile.elements) / self.count
+        times = self.samples / self.count / max(1, profile.layer_samples)
+        seconds = [times * layer.seconds + update * layer.elements for layer in layers]
+        handed = [int(times * layer.output_bytes) for layer in layers]
         taken = [self._seconds(stage) for stage in range(self.p)]
         slowness = [each / min(taken) for each in taken]
         try:

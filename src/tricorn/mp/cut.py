@@ -8,9 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import inf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tricorn.errors import PlanError
+
+if TYPE_CHECKING:
+    from tricorn.plan import Plan
+
+# The cuts that a plan gives number the blocks of a model that is looked into as for so many stages.
+NUMBERED = 8
 
 Fits = Callable[[int, int, int], bool]  # (stage, start, stop) -> whether the stage has room for these blocks
 
@@ -27,6 +33,11 @@ class Link(NamedTuple):
 
 FREE = Link(0.0, 0.0)
 SHARED = Link(copy=0.25e-9, wire=0.0)  # through shared memory: each side copies
+
+
+def fineness(plan: Plan, stages: int) -> int:
+    """For how many stages a model is looked into, that is to be cut into so many."""
+    return stages if plan.cuts is None else max(stages, NUMBERED)
 
 
 def everything_fits(stage: int, start: int, stop: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tricorn.errors import PlanError
+from tricorn.mp.cut import fineness
 from tricorn.mp.mesh import chunks_of
 from tricorn.mp.partition import blocks_of, refusal, wrong_cuts
 from tricorn.mp.schedule import microbatches_of, split
@@ -53,7 +54,7 @@ def _uncut(job: Job, plan: Plan, model: nn.Module) -> str | None:
     """Why the model cannot be cut into the stages."""
     stages = plan.stages * chunks_of(plan)
     try:
-        found = blocks_of(job, model, stages)
+        found = blocks_of(job, model, fineness(plan, stages))
     except PlanError as error:
         return f"{error}; {error.remedy}" if error.remedy else str(error)
     if reason := refusal(model, found, stages):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tricorn.data.sources import as_source
 from tricorn.errors import TricornError, UserCodeError
+from tricorn.mp.cut import NUMBERED
 from tricorn.planner import computing
 from tricorn.planner.computing import rounds
 from tricorn.planner.crew import Line, crew
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 BATCHES = 16  # in which rows are counted
 RANGES = 24  # of a table's rows, equal ones, in which they are counted: as many as most numbers of workers divide
-MOST_STAGES = 8  # for which a model is looked into
 IMPORTED = ("torch.", "numba.", "tricorn.")  # packages whose modules have no effect but to be there
 CACHE = 1 << 22  # elements that push what computing would out of the processor's caches
 LARGE = 1 << 18  # elements of a linear layer's weight, from which on it matters where its gradient goes
@@ -105,7 +105,7 @@ def profile(job: Job, name: str, cores: int, told: Callable[[str], None]) -> Pro
             no_layers = str(error)
         told("layers that are split")
         with suppress(UserCodeError):
-            stages, room = MOST_STAGES if layers else 0, cores > 1 and _fits(facts, 2)
+            stages, room = NUMBERED if layers else 0, cores > 1 and _fits(facts, 2)
             body = partial(splitting, job, stages, compute.get("1x1") if room else None)
             split = msgspec.convert(quiet.measure(partial(_said, body)), Splitting | None)
     gathered = 0
@@ -259,7 +259,7 @@ def _layers(job: Job, samples: int, line: Line) -> None:
     from tricorn.mp.partition import blocks_of, legal_cuts
 
     torch.set_num_threads(1)
-    found = blocks_of(job, build_model(job), MOST_STAGES)
+    found = blocks_of(job, build_model(job), NUMBERED)
     legal = set(legal_cuts(found))
     costs = measure(job, found, example(job, samples), device_of(job))
     line.say(
