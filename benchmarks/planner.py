@@ -44,10 +44,11 @@ JOBS = ROOT / "benchmarks" / "jobs" / "planned.py"
 CASES = ("mlp", "cnn", "transformer", "recommender")
 TRIED_STEPS = 4000  # of a trial, of which it makes as many as it wants
 SECONDS = 2.0  # that the steps of a run should take together
-STEPS = range(10, 101, 10)  # of a run: whole epochs
+STEPS = range(5, 401, 5)  # of a run: whole epochs
 SLOW_MBIT = 200.0
 FIRST = 5  # of the planner's plans, and what others would choose: measured before the rest
 GROUP = 8  # plans whose runs are interleaved
+CLOSE, MORE = 1.2, 7  # plans that take so many times as long as the fastest at most are run so often
 
 
 def key_of(plan: Plan) -> str:
@@ -95,13 +96,33 @@ def order(predictions: dict[str, Prediction], said: dict) -> tuple[list[str], li
     return first, sorted(rest, key=lambda key: not exact(predictions[key].plan))
 
 
-def todo(groups: Sequence[Sequence[str]], steps: dict[str, int], rounds: int, done: Counter[str]) -> Iterator[tuple]:
-    """(plan, steps) of each run that is left: rounds interleaved, of which the second is twice as long."""
+def todo(groups: Sequence[Sequence[str]], steps: dict[str, int], rounds: int, runs: list[Run]) -> Iterator[tuple]:
+    """(plan, steps) of each run that is left: rounds interleaved, of which the second is twice as long.
+
+    After each group there are more rounds of those that are the fastest so far, between which chance decides.
+    """
     for group in groups:
-        for number in range(rounds):
-            for key in group:
-                if done[key] <= number:
-                    yield key, steps[key] * (2 if number == 1 else 1)
+        yield from _rounds(group, steps, rounds, runs)
+        yield from _rounds(closest(runs), steps, MORE if rounds > 2 else rounds, runs)
+
+
+def _rounds(group: Sequence[str], steps: dict[str, int], rounds: int, runs: list[Run]) -> Iterator[tuple]:
+    for number in range(rounds):
+        for key in group:
+            if sum(run.plan == key for run in runs) <= number:
+                yield key, steps[key] * (2 if number == 1 else 1)
+
+
+def closest(runs: Sequence[Run]) -> list[str]:
+    """The plans, of those that train as one process would, that come close to the fastest."""
+    taken: dict[str, list[float]] = {}
+    for run in runs:
+        taken.setdefault(run.plan, []).append(run.seconds)
+    medians = {
+        key: statistics.median(found)
+        for key, found in taken.items() if exact(msgspec.json.decode(key, type=Plan))
+    }  # fmt: skip
+    return [key for key, seconds in medians.items() if seconds <= CLOSE * min(medians.values())]
 
 
 def measure(where: Place, case: str, plan: Plan, steps: int) -> Run:
@@ -143,7 +164,6 @@ def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, qu
     """Predict, then measure until time is up or everything is measured."""
     until = time.monotonic() + 60 * minutes
     results = out / "results.jsonl"
-    done = Counter(run.plan for run in runs_of(results, case, cluster))
     with place(cluster, (str(JOBS), case)) as where:
         said = predict(case, cluster, where, out / f"{case}@{cluster}.json")
         predictions = predictions_of(said)
@@ -151,11 +171,13 @@ def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, qu
         rest = [] if quick else rest
         groups = [first, *(rest[start : start + GROUP] for start in range(0, len(rest), GROUP))]
         steps = {key: _steps(predictions[key].seconds) for key in predictions}
-        for key, count in todo(groups, steps, rounds, done):
+        runs = [run for run in runs_of(results, case, cluster) if run.plan in predictions]
+        for key, count in todo(groups, steps, rounds, runs):
             if time.monotonic() + predictions[key].seconds * count > until:
                 print(f"{case} on {cluster}: to be gone on with", file=sys.stderr)
                 return
             run = measure(where, case, predictions[key].plan, count)
+            runs.append(run)
             with results.open("a") as file:
                 file.write(json.dumps({"case": case, "cluster": cluster, **vars(run)}) + "\n")
             print(
@@ -166,8 +188,8 @@ def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, qu
 
 
 def _steps(seconds: float) -> int:
-    wanted = 10 * math.ceil(SECONDS / seconds / 10)
-    return min(max(wanted, STEPS[0]), STEPS[-1])
+    wanted = STEPS.step * math.ceil(SECONDS / seconds / STEPS.step)
+    return min(wanted, STEPS[-1])
 
 
 def runs_of(results: Path, case: str, cluster: str) -> list[Run]:

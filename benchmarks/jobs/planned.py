@@ -1,6 +1,6 @@
 """Four jobs that the planner's equations were not made for: an MLP, a convolutional net, a transformer, a recommender.
 
-All on made data, in epochs of 10 steps. ``mlp@80`` is the first with 80 steps; without a number there are 20.
+All on made data, in epochs of 5 steps. ``mlp@80`` is the first with 80 steps; without a number there are 20.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tricorn
 
-EPOCH = 10  # steps
+EPOCH = 5  # steps
 KINDS: dict[str, Callable[[int, torch.Generator], tricorn.Job]] = {}
 
 

@@ -60,7 +60,12 @@ def test_what_a_run_teaches_is_kept_with_the_profile_it_was_predicted_from() -> 
     assert isinstance(prediction, Prediction)
     store.save_profile("job", store.KeptProfile(on.profile, {}, {}))
     store.save_profile("other", store.KeptProfile(profile(batch=9.0), {}, {}))
-    slow = {term: 2 * seconds for term, seconds in (("step", 0.0), ("compute", prediction.terms["compute"]))}
+    computing = prediction.terms["compute"]
+    slow = {
+        "step": prediction.seconds + computing,
+        "compute": 2 * computing,
+        "exchange": prediction.seconds - computing,
+    }
     for key in ("job", "other", "nowhere"):
         planner.learn(Outlook(prediction, on, {}, key), slow, 10_000)
     kept, other = store.load_profile("job"), store.load_profile("other")

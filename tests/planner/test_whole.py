@@ -108,11 +108,14 @@ def test_a_run_is_simulated_on_machines_that_are_not_here(place: Path) -> None:
     )
     (place / "asp.json").write_text('{"strategy": "ps", "workers": 299, "servers": 1, "consistency": "asp"}')
     words = ("simulate", "job.py", "--cluster", "many.toml", "--plan", "asp.json", "--steps", "20", "--json")
+    assert run(place, *words).returncode == 0
+    leave_alone(place / "cache")
     found = json.loads(run(place, *words).stdout)
     assert found == json.loads(run(place, *words).stdout)
     assert (found["plan"]["workers"], found["steps"]) == (299, 20)
     assert sum(found["staleness"].values()) == 299 * 20
     assert set(found["waiting"]) == {"worker", "server"}
+    assert all(0 <= share <= 1 for share in found["waiting"].values())
     shown = run(place, *words[:-1], "--seed", "1")
     assert shown.returncode == 0, shown.stderr
     assert "the equation says" in shown.stdout

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 POINT_SECONDS = 0.15  # for each size: as many rounds as fit
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
-AVERAGED = 0.5  # seconds
+AWAKE, AVERAGED = 0.2, 1.0  # seconds
 FEWEST = 1 << 14  # elements whose update is measured
 
 
@@ -70,13 +70,17 @@ def on_average(job: Job, samples: int, line: Line) -> None:
     in some rounds, and a median would not see it.
     """
     torch.set_num_threads(1)
-    run, batch, count = whole(job)[0], first_batch(job, samples), 0
-    run(batch)
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < AVERAGED:
-        run(batch)
-        count += 1
-    line.say(spent / count)
+    run, batch = whole(job)[0], first_batch(job, samples)
+
+    def mean(seconds: float) -> float:
+        began, count = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < seconds:
+            run(batch)
+            count += 1
+        return spent / count
+
+    mean(AWAKE)
+    line.say(mean(AVERAGED))
 
 
 def _kept(work: Callable[[], object], weights_N: Tensor) -> int:

@@ -1,8 +1,9 @@
 """What runs teach: by how many times computing, making batches and exchanging took as long as was predicted. Pure.
 
 Computing is kept by crowd (how many workers with how many threads each), exchanging by the plan's way and the numbers
-of its roles. What was not seen itself goes by what was seen of its kind; another way of exchanging by several that were
-seen, or by what computing and exchanging have in common, as on a machine that is slower than it was.
+of its roles, and the whole step by plan. What was not seen itself goes by what was seen of its kind; another way of
+exchanging by several that were seen, or by what computing and exchanging have in common, as on a machine that is slower
+than it was.
 """
 
 from __future__ import annotations
@@ -53,14 +54,19 @@ def learned(
     if told[COMPUTE] is None:  # then it is in the rest
         expected[EXCHANGE] += expected[COMPUTE]
     for term, seconds in told.items():
-        if seconds is None or expected[term] <= 0:
-            continue
-        times = min(max(seconds / expected[term], 1 / FURTHEST), FURTHEST)
-        old = found.get(keys[term], Factor(1.0, DOUBT))
-        before = min(old.steps, MEMORY)
-        mean = (before * log(old.times) + steps * log(times)) / (before + steps)
-        found[keys[term]] = Factor(exp(mean), before + steps)
+        if seconds is not None and expected[term] > 0:
+            found[keys[term]] = _mixed(found.get(keys[term]), seconds / expected[term], steps)
+    if "step" in measured:
+        found[_own(plain.plan)] = _mixed(found.get(_own(plain.plan)), measured["step"] / plain.seconds, steps)
     return found
+
+
+def _mixed(old: Factor | None, times: float, steps: float) -> Factor:
+    """What was known, with what so many steps say: the mean by steps."""
+    times, old = min(max(times, 1 / FURTHEST), FURTHEST), old or Factor(1.0, DOUBT)
+    before = min(old.steps, MEMORY)
+    mean = (before * log(old.times) + steps * log(times)) / (before + steps)
+    return Factor(exp(mean), before + steps)
 
 
 def corrected(prediction: Prediction, ground: Ground) -> Prediction:
@@ -76,7 +82,16 @@ def corrected(prediction: Prediction, ground: Ground) -> Prediction:
         if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
             by_term[COMPUTE] = times[EXCHANGE]
     terms = {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
+    own = seen.get(_own(prediction.plan))
+    if own and not foreign:
+        ratio = own.times * prediction.seconds / (sum(terms.values()) or 1.0)
+        terms = {term: seconds * ratio for term, seconds in terms.items()}
     return msgspec.structs.replace(prediction, terms=terms)
+
+
+def _own(plan: Plan) -> str:
+    """The key of what a plan's own steps took."""
+    return f"step/{msgspec.json.encode(plan).decode()}"
 
 
 def _keys(plan: Plan, ground: Ground) -> dict[str, str]:

@@ -17,12 +17,13 @@ from tricorn.planner.prediction import Prediction
 from tricorn.planner.replan import Outlook
 from tricorn.planner.search import Planning, WhyNot, exact, search
 
-SECONDS = 30.0  # for all trials
+SECONDS = 45.0  # for all trials
 WORTH, MOST_WORTH = 20.0, 400.0  # steps of a run that one of a trial counts for, and all: nothing else was going on
 FEWEST_STEPS = 3
 IN_VAIN = 2  # trials without enough steps, after which there are no more: the job has too few, or they take too long
 RIVAL = 1.25  # times the best: predictions of what was not tried may be as far off
-CLOSE = 1.1  # times the best: what two trials of one plan may differ by
+CLOSE = 1.15  # times the best: what two trials of one plan may differ by
+ROUNDS = 3  # trials of each of those that are so close
 
 
 class Tried(NamedTuple):
@@ -75,7 +76,7 @@ def try_out(
 
 def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Prediction | None:
     """What to try now: the chosen plan; then the best that come near it; then the best of each way to exchange; and
-    once more those between which a trial may be wrong.
+    in turn, again those between which a trial may be wrong.
     """
     chosen = planning.chosen
     if chosen is None or chosen.plan not in tried:
@@ -87,4 +88,5 @@ def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Pr
     close = [each for each in planning.ranked if each.plan in tried and each.score <= CLOSE * chosen.score]
     if other is not None or len(close) == 1:
         return other
-    return next((each for each in close if tried.count(each.plan) == 1), None)
+    least = min(close, key=lambda each: tried.count(each.plan))
+    return least if tried.count(least.plan) < ROUNDS else None

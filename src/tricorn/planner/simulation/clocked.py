@@ -54,6 +54,7 @@ class _Run:
         self._computing = [cycle(seconds) for seconds in (noise.factors(steps) * parts.computing).T.tolist()]
         self._applied: list[float] = []
         self._ages: Counter[int] = Counter()
+        self._queueing = [0.0] * self._m  # how long each one's last gradient waits for the processor
         self._waited = 0.0
 
     def trace(self) -> Trace:
@@ -87,12 +88,13 @@ class _Run:
     def _push(self, worker: int, now: float) -> None:
         arrived = self._passed(self._up, worker, now)
         began = self._processor.take(arrived, self._served.busy)
-        self._waited += began - arrived
+        self._queueing[worker] = began - arrived
         self._later(began + self._answering, worker, applied=True)
 
     def _apply(self, worker: int, now: float) -> None:
         self._ages[self._version - self._read[worker]] += 1
         self._version += 1
+        self._waited += self._queueing[worker]
         self._applied.append(now)
         self._clocks.push(worker)
         self._ask(worker, now)
