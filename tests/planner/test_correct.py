@@ -27,9 +27,8 @@ def of(plan: Plan, on: Ground) -> Prediction:
 def measured(plan: Plan, on: Ground, compute: float = 1.0, data: float = 1.0, besides: float = 1.0) -> dict[str, float]:
     """What a run says in which terms take so many times as long as is predicted."""
     terms = of(plan, on).terms
-    rest = sum(value for term, value in terms.items() if term not in ("compute", "data"))
-    found = {"compute": compute * terms["compute"], "data": data * terms["data"], "waiting": 0.25 * rest * besides}
-    found["exchange"] = 0.75 * rest * besides
+    found = {"compute": compute * terms["compute"], "data": data * terms["data"], "waiting": compute * terms["waiting"]}
+    found["exchange"] = besides * sum(value for term, value in terms.items() if term not in found)
     return {"step": sum(found.values()), **found}
 
 

@@ -87,8 +87,21 @@ def test_processors_exchange_as_slowly_as_they_compute(plan: Plan) -> None:
         cost(plan, job=recommender(), cluster=apart(4, mbit=1e6, **host)).terms["exchange"]
         for host in ({}, {"cores": 0.5}, {"speed": 0.25})
     )
-    assert half == pytest.approx(2 * whole)
+    assert half == pytest.approx(whole if plan.strategy == "mp" else 2 * whole)
     assert slow == pytest.approx(4 * whole)
+
+
+def test_a_stage_that_waits_for_others_does_not_need_all_of_its_core() -> None:
+    pipeline, busy, alike = (
+        Plan(strategy="mp", workers=2, microbatches=1),
+        Plan(strategy="mp", workers=2, microbatches=8),
+        Plan(strategy="dp", workers=2),
+    )
+    whole, part = apart(2, mbit=1e6), apart(2, mbit=1e6, cores=0.6)
+    slower = [cost(plan, cluster=part).seconds / cost(plan, cluster=whole).seconds for plan in (pipeline, busy, alike)]
+    assert slower[0] == pytest.approx(1)
+    assert 1 < slower[1] < slower[2]
+    assert slower[2] == pytest.approx(1 / 0.6, rel=0.05)
 
 
 def test_one_slow_worker_exchanges_for_itself_and_one_slow_server_for_all() -> None:

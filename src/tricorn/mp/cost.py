@@ -50,7 +50,8 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     busiest = max(workers) * M
     inside = mesh.exchanged * M  # of the busiest stage: what actions are besides arithmetic
     hops = min(max(0.0, simulated.seconds - busiest), 2 * (mesh.p * v - 1) * line.hop)
-    idle = max(0.0, simulated.seconds - busiest - hops)
+    seconds = max(simulated.seconds, *(M * busy / mesh.quota(rank) for rank, busy in enumerate(workers)))
+    idle = max(0.0, seconds - busiest - hops)
     lines = [seconds * M for seconds in workers] * plan.replicas
     idle += waiting(lines, ground.jitter(found.scatter), _stalls(mesh)) - (busiest - sum(lines) / len(lines))
     terms = {
@@ -62,7 +63,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     return Prediction(
         plan=mesh.cut(),
         terms=terms,
-        scatter=combined((simulated.seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
+        scatter=combined((seconds, found.scatter), (found.after[EXCHANGE] + inside, mesh.moved)),
         memory=mesh.memory(),
         sent=sending.sent,
         links=sending.links(ground),
@@ -94,7 +95,8 @@ class _Mesh:
         self.hosts = ground.places(plan)[0]
         lines = [self.mesh.line(self.mesh.rank(Place(r, 0, k))) for r in range(self.R) for k in range(self.t)]
         self.away = any(self._apart(line) for line in lines)
-        slow = {host: ground.slowness(host, count) for host, count in Counter(self.hosts).items()}
+        self.there = Counter(self.hosts)
+        slow = {host: ground.slowness(host, count) * self._granted(host) for host, count in self.there.items()}
         self.slow, self.slow_hop = [slow[host] for host in self.hosts], sum(slow.values()) / len(slow)
         self.splitting = self._splitting()
         self.stages = self._stages()
@@ -117,7 +119,7 @@ class _Mesh:
         largest = max(self._of_worker(rank) for rank in range(self.p))
         summed, wire = self._copies(largest)
         spread = self.R if plan.zero else 1
-        update = max(ground.updating(plan, largest / spread, host) for host in ground.hosts(plan))
+        update = max(ground.updating(plan, largest / spread, at) * self._granted(at) for at in ground.hosts(plan))
         after = {UPDATE: update, EXCHANGE: self.per_step + summed, WIRE: wire}
         loading = ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
         _, scatter = ground.on(self.hosts[0], plan, self.samples / self.count)
@@ -209,7 +211,7 @@ class _Mesh:
         times = self.samples / self.count / max(1, profile.layer_samples)
         seconds = [times * layer.seconds + update * layer.elements for layer in layers]
         handed = [int(times * layer.output_bytes) for layer in layers]
-        taken = [self._seconds(stage) for stage in range(self.p)]
+        taken = [self._seconds(stage) / self.quota(stage) for stage in range(self.p)]
         slowness = [each / min(taken) for each in taken]
         try:
             cuts = self.plan.cuts or balanced(seconds, slowness * self.v, legal, handed, price)[0]
@@ -270,9 +272,20 @@ class _Mesh:
         Workers that outnumber their host's cores were measured as such (``Ground.on``).
         """
         samples = self.samples / self.count
-        return max(
-            self.ground.on(host, self.plan, samples)[0] for host in {self.hosts[rank] for rank in self._ranks(stage)}
-        )
+        hosts = {self.hosts[rank] for rank in self._ranks(stage)}
+        return max(self.ground.on(host, self.plan, samples)[0] * self._granted(host) for host in hosts)
+
+    def quota(self, stage: int) -> float:
+        """The share of a step for which workers of a stage may compute."""
+        return min(self._granted(self.hosts[rank]) for rank in self._ranks(stage))
+
+    def _granted(self, host: int) -> float:
+        """The share of the time for which the one worker of a host that is granted less than a core may compute.
+
+        While it waits for others it saves that up, so that a stage computes at full speed and then stands still.
+        """
+        alone = self.p > 1 and self.there[host] == 1 and self.ground.cluster.described
+        return min(1.0, self.ground.cluster.hosts[host].cores) if alone else 1.0
 
     def _slow_in(self, stage: int) -> float:
         """How many times as long exchanging takes processors on the slowest host of this stage."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DOUBT = 20.0  # steps that a profile is worth, beside those of runs
 MEMORY = 2000.0  # steps of earlier runs that a later one is weighed against at most
 FURTHEST = 50.0  # times: what is further off is some accident
-BESIDES = (UPDATE, EXCHANGE, WIRE, IDLE)  # all that a run can tell from computing and batches only as a whole
+BESIDES = (UPDATE, EXCHANGE, WIRE)  # all that a run can tell from computing and batches only as a whole
 
 
 class Factor(msgspec.Struct, frozen=True):
@@ -51,8 +51,11 @@ def learned(
     expected[EXCHANGE] = sum(plain.terms.get(term, 0.0) for term in BESIDES)
     if _inseparable(plain.plan):
         told |= {EXCHANGE: besides + measured.get("compute", 0.0), COMPUTE: None}
-    if told[COMPUTE] is None:  # then it is in the rest
-        expected[EXCHANGE] += expected[COMPUTE]
+    idle, computing = plain.terms.get(IDLE, 0.0), told[COMPUTE]
+    if computing is None:  # then it is in the rest
+        expected[EXCHANGE] += expected[COMPUTE] + idle
+    else:  # who waits for the slowest waits for computing
+        told[EXCHANGE] = max(besides - idle * computing / expected[COMPUTE], besides / 4)
     for term, seconds in told.items():
         if seconds is not None and expected[term] > 0:
             found[keys[term]] = _mixed(found.get(keys[term]), seconds / expected[term], steps)
@@ -76,11 +79,11 @@ def corrected(prediction: Prediction, ground: Ground) -> Prediction:
         return prediction
     times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
     foreign = ground.cluster.described and not ground.cluster.present
-    by_term = {COMPUTE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
+    by_term = {COMPUTE: times[COMPUTE], IDLE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
     if not foreign:
         by_term |= dict.fromkeys(BESIDES, times[EXCHANGE])
         if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
-            by_term[COMPUTE] = times[EXCHANGE]
+            by_term |= dict.fromkeys((COMPUTE, IDLE), times[EXCHANGE])
     terms = {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
     own = seen.get(_own(prediction.plan))
     if own and not foreign:
