@@ -43,7 +43,7 @@ from tricorn.trials import Trials
 JOBS = ROOT / "benchmarks" / "jobs" / "planned.py"
 CASES = ("mlp", "cnn", "transformer", "recommender")
 TRIED_STEPS = 4000  # of a trial, of which it makes as many as it wants
-SECONDS = 2.0  # that the steps of a run should take together
+SECONDS = 1.2  # that the steps of a run should take together
 STEPS = range(5, 401, 5)  # of a run: whole epochs
 SLOW_MBIT = 200.0
 FIRST = 5  # of the planner's plans, and what others would choose: measured before the rest

@@ -26,6 +26,7 @@ Schedule = StrEnum(
     "Schedule", {"gpipe": "gpipe", "one": "1f1b", "interleaved": "interleaved", "zero_bubble": "zero-bubble"}
 )
 Embeddings = StrEnum("Embeddings", ["whole", "rows", "columns", "tables"])
+STAGES = {"workers", "replicas", "tensor", "schedule", "chunks"}  # fields of a plan on which the number of stages depends
 
 
 def train(
@@ -166,10 +167,14 @@ def encodings(given: Sequence[str]) -> dict[str, object]:
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
-    """The plan with changes. Options that only another strategy has fall away with that strategy."""
+    """The plan with changes. Options that only another strategy has fall away with that strategy, and so do cuts with
+    the stages that they are of.
+    """
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
         plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads, memory=plan.memory)
     if str(strategy).startswith("ps") and plan.servers == 0:
         changes = {"servers": 1, **changes}
+    if STAGES & changes.keys():
+        changes = {"cuts": None, **changes}
     return msgspec.structs.replace(plan, **changes)
