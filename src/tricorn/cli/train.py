@@ -26,7 +26,7 @@ Schedule = StrEnum(
     "Schedule", {"gpipe": "gpipe", "one": "1f1b", "interleaved": "interleaved", "zero_bubble": "zero-bubble"}
 )
 Embeddings = StrEnum("Embeddings", ["whole", "rows", "columns", "tables"])
-STAGES = {"workers", "replicas", "tensor", "schedule", "chunks"}  # fields of a plan on which the number of stages depends
+STAGES = {"workers", "replicas", "tensor", "schedule", "chunks"}  # on which a plan's number of stages depends
 
 
 def train(
