@@ -44,7 +44,7 @@ JOBS = ROOT / "benchmarks" / "jobs" / "planned.py"
 CASES = ("mlp", "cnn", "transformer", "recommender")
 TRIED_STEPS = 4000  # of a trial, of which it makes as many as it wants
 SECONDS = 1.2  # that the steps of a run should take together
-STEPS = range(5, 401, 5)  # of a run: whole epochs
+STEPS = range(10, 401, 5)  # of a run: whole epochs, of which workers do not count the first five steps
 SLOW_MBIT = 200.0
 FIRST = 5  # of the planner's plans, and what others would choose: measured before the rest
 GROUP = 8  # plans whose runs are interleaved
@@ -189,7 +189,7 @@ def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, qu
 
 def _steps(seconds: float) -> int:
     wanted = STEPS.step * math.ceil(SECONDS / seconds / STEPS.step)
-    return min(wanted, STEPS[-1])
+    return min(max(wanted, STEPS[0]), STEPS[-1])
 
 
 def runs_of(results: Path, case: str, cluster: str) -> list[Run]:

@@ -41,6 +41,7 @@ def numbers_of(found: Planning, on: Ground) -> set[str]:
         role for p in found.ranked for role in p.memory
     ]
     texts += [note for p in found.ranked for note in p.notes] + [r.reason for r in found.rejected]
+    texts += [repr(layer.name) for layer in on.profile.layers]
     reasons = [str(sum(1 for r in found.rejected if r.reason == each.reason)) for each in found.rejected]
     known |= {f"{max(on.profile.busy, on.links.busy):.0%}".rstrip("%")}
     return known | {match[0] for text in texts for match in NUMBER.finditer(text)} | {*reasons}

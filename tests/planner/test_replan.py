@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from tricorn.plan import Plan
+from tricorn.planner.ground import Ground
 from tricorn.planner.prediction import Prediction
-from tricorn.planner.replan import Outlook, Watch
+from tricorn.planner.replan import Outlook, Watch, taught
 from tricorn.planner.search import candidates, exact, predicted
 
 from .world import ground, profile
@@ -19,8 +22,13 @@ def outlook(plan: Plan = FOUR, *, asked: bool = True) -> Outlook:
     on = ground(profile(batch=0.4))
     prediction = predicted(plan, on)
     assert isinstance(prediction, Prediction)
-    verdicts = {msgspec.json.encode(each).decode(): None for each in candidates(on, {})} if asked else {}
-    return Outlook(prediction, on, verdicts)
+    return Outlook(prediction, on, approved(on, {}) if asked else {})
+
+
+def approved(on: Ground, given: dict[str, object]) -> dict[str, str | None]:
+    """Every plan that can be predicted can run."""
+    found = [predicted(each, on) for each in candidates(on, given)]
+    return {msgspec.json.encode(each.plan).decode(): None for each in found if isinstance(each, Prediction)}
 
 
 def seconds(of: Outlook, slower: float = 0.0) -> dict[str, float]:
@@ -92,12 +100,34 @@ def test_a_plan_that_was_left_is_not_taken_again_nor_one_that_nobody_asked_about
 
 def test_threads_and_memory_stay_as_they_were_given() -> None:
     given = outlook(Plan(strategy="dp", workers=4, threads=1, memory=3 * 10**9), asked=False)
-    verdicts = {
-        msgspec.json.encode(each).decode(): None
-        for each in candidates(given.ground, {"threads": 1, "memory": 3 * 10**9})
-    }
+    verdicts = approved(given.ground, {"threads": 1, "memory": 3 * 10**9})
     given = Outlook(given.prediction, given.ground, verdicts)
     watch = Watch(given)
     assert [watch.look(seconds(given, 0.4), steps, MANY) for steps in (50, 100)] == [False, True]
     assert watch.better is not None
     assert (watch.better.plan.threads, watch.better.plan.memory) == (1, 3 * 10**9)
+
+
+def test_what_was_left_of_rivals_on_a_quieter_machine_is_no_reason_to_leave() -> None:
+    best = outlook()
+    on = best.ground
+    for plan in (FOUR, Plan(strategy="dp", workers=4, zero=1)):
+        found = predicted(plan, best.ground)
+        assert isinstance(found, Prediction)
+        on = taught(on, [(plan, seconds(replace(best, prediction=found)), 2000)])
+    slow = {term: 1.5 * value for term, value in seconds(best).items()}
+    watch = Watch(replace(best, ground=on))
+    assert not any(watch.look(slow, steps, MANY) for steps in (50, 100, 1000, 10_000))
+
+
+def test_a_pipeline_is_a_rival_too_and_is_left_for_good() -> None:
+    best = outlook(Plan(strategy="mp", workers=2, microbatches=2))
+    (cut,) = best.plan.cuts or ()
+    assert cut > 0
+    watch = Watch(best, [Plan(strategy="mp", workers=4, microbatches=4)])
+    assert [watch.look(seconds(best, 2.0), steps, MANY) for steps in (50, 100)] == [False, True]
+    assert watch.better is not None
+    left = Watch(best, [msgspec.structs.replace(watch.better.plan, cuts=None)])
+    for steps in (50, 100):
+        left.look(seconds(best, 2.0), steps, MANY)
+    assert left.better is None or left.better.plan != watch.better.plan

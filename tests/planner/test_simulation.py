@@ -60,6 +60,13 @@ def test_without_noise_it_is_the_equation(plan: Plan, mbit: float) -> None:
     assert (found.failures, found.lost_seconds) == (0, 0.0)
 
 
+@pytest.mark.parametrize("microbatches", [1, 8])
+def test_hosts_that_grant_a_part_of_a_core_do_so_in_both(microbatches: int) -> None:
+    plan = Plan(strategy="mp", workers=4, microbatches=microbatches)
+    found = calm(plan, apart(4, mbit=100_000.0, cores=0.3))
+    assert found.mean == pytest.approx(found.predicted, rel=0.02)
+
+
 def test_on_one_machine_it_is_the_equation_too() -> None:
     for plan in (
         Plan(strategy="dp", workers=4),
@@ -155,7 +162,7 @@ def test_pipelines_are_carried_out_as_the_schedules_own_simulator_does(
     schedule = schedule if chunks == 2 or schedule != "interleaved" else "1f1b"
     orders = tuple(tuple(order(schedule, rank, stages, microbatches, chunks)) for rank in range(stages))
     works = tuple(Work(*seconds[3 * at : 3 * at + 3]) for at in range(stages * chunks))
-    line = Line(orders=orders, works=works, hop=hop, replicas=1)
+    line = Line(orders=orders, works=works, hop=hop, replicas=1, granted=(1.0,) * len(orders))
     (found,) = agreed.carried_out(line, agreed.moves(line), np.ones((1, 1, stages))).flatten().tolist()
     assert found == pytest.approx(carried_out(orders, works, hop).seconds)
 

@@ -177,7 +177,7 @@ def even_cuts(job: Job, plan: Plan) -> Plan:
     stages = plan.stages * chunks_of(plan) if plan.dense == "mp" else 1
     if plan.dense != "mp" or plan.cuts is not None:
         return plan
-    legal = legal_cuts(blocks_of(job, build_model(job), max(stages, NUMBERED)))
+    legal = legal_cuts(blocks_of(job, build_model(job), stages, NUMBERED))
     return msgspec.structs.replace(plan, cuts=tuple(legal[len(legal) * s // stages] for s in range(1, stages)))
 
 

@@ -26,7 +26,7 @@ Schedule = StrEnum(
     "Schedule", {"gpipe": "gpipe", "one": "1f1b", "interleaved": "interleaved", "zero_bubble": "zero-bubble"}
 )
 Embeddings = StrEnum("Embeddings", ["whole", "rows", "columns", "tables"])
-STAGES = {"workers", "replicas", "tensor", "schedule", "chunks"}  # on which a plan's number of stages depends
+CUT_BY = ("workers", "replicas", "tensor", "schedule", "chunks", "memory")  # what a plan's cuts were found for
 
 
 def train(
@@ -167,14 +167,15 @@ def encodings(given: Sequence[str]) -> dict[str, object]:
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
-    """The plan with changes. Options that only another strategy has fall away with that strategy, and so do cuts with
-    the stages that they are of.
+    """The plan with changes. Options that only another strategy has fall away with that strategy, and so do cuts
+    where that has changed which they were found for.
     """
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
         plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads, memory=plan.memory)
     if str(strategy).startswith("ps") and plan.servers == 0:
         changes = {"servers": 1, **changes}
-    if STAGES & changes.keys():
-        changes = {"cuts": None, **changes}
-    return msgspec.structs.replace(plan, **changes)
+    changed = msgspec.structs.replace(plan, **changes)
+    if plan.cuts == changed.cuts and any(getattr(plan, field) != getattr(changed, field) for field in CUT_BY):
+        return msgspec.structs.replace(changed, cuts=None)
+    return changed

@@ -66,7 +66,7 @@ def choose(
     baseline, resident = own_bytes() + FIRST_STEP + COPIED, resident_bytes() + FIRST_STEP
     model = build_model(job)
     elsewhere = _elsewhere(job, plan, model)
-    found = blocks_of(job, model, fineness(plan, stages))
+    found = blocks_of(job, model, stages, fineness(plan))
     if plan.cuts is not None and (reason := wrong_cuts(found, plan.cuts, stages)):
         raise PlanError(reason)
     batch = example(job, samples)
@@ -243,6 +243,8 @@ class _Room:
         needs = self.needs(best, ranks, recompute, schedule)
         fullest = max(range(ranks), key=needs.__getitem__)
         remedies = ["give each more memory", "smaller microbatches (--microbatches)"]
+        if self._plan.cuts is not None:
+            remedies.insert(0, "leave its cuts out of the plan")
         if not recompute:
             remedies.insert(0, "compute activations again (recompute)")
         if more := self.enough(cuts, ranks, stages // ranks, schedule, recompute=recompute):

@@ -50,7 +50,8 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     busiest = max(workers) * M
     inside = mesh.exchanged * M  # of the busiest stage: what actions are besides arithmetic
     hops = min(max(0.0, simulated.seconds - busiest), 2 * (mesh.p * v - 1) * line.hop)
-    seconds = max(simulated.seconds, *(M * busy / mesh.quota(rank) for rank, busy in enumerate(workers)))
+    working = found.after[UPDATE] + found.after[EXCHANGE]
+    seconds = max(simulated.seconds, line.least([M * busy for busy in workers], working))
     idle = max(0.0, seconds - busiest - hops)
     lines = [seconds * M for seconds in workers] * plan.replicas
     idle += waiting(lines, ground.jitter(found.scatter), _stalls(mesh)) - (busiest - sum(lines) / len(lines))
@@ -211,8 +212,14 @@ class _Mesh:
         times = self.samples / self.count / max(1, profile.layer_samples)
         seconds = [times * layer.seconds + update * layer.elements for layer in layers]
         handed = [int(times * layer.output_bytes) for layer in layers]
-        taken = [self._seconds(stage) / self.quota(stage) for stage in range(self.p)]
+        taken = [self._seconds(stage) / self._quota(stage) for stage in range(self.p)]
         slowness = [each / min(taken) for each in taken]
+        if self.plan.cuts and count > NUMBERED:
+            raise ValueError(
+                f"what is cut into more than {NUMBERED} stages is predicted by the planner's own cuts only"
+            )
+        if self.plan.cuts and (len(self.plan.cuts) != count - 1 or not set(self.plan.cuts) <= set(legal)):
+            raise ValueError(f"the model cannot be cut into {count} stages before blocks {self.plan.cuts}")
         try:
             cuts = self.plan.cuts or balanced(seconds, slowness * self.v, legal, handed, price)[0]
         except PlanError as error:
@@ -256,7 +263,8 @@ class _Mesh:
         together = [self._together(stage) for stage in self.stages]
         orders = tuple(tuple(gathered(actions, together[rank :: self.p])) for rank, actions in enumerate(self.orders))
         hop = self._hop(max(self.handed, default=0.0)) if self.p > 1 else 0.0
-        return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R)
+        granted = tuple(self._quota(stage) for stage in range(self.p))
+        return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R, granted=granted)
 
     def _together(self, stage: Stage) -> int:
         """For how many microbatches at a time a stage computes most of its weight gradients.
@@ -275,7 +283,7 @@ class _Mesh:
         hosts = {self.hosts[rank] for rank in self._ranks(stage)}
         return max(self.ground.on(host, self.plan, samples)[0] * self._granted(host) for host in hosts)
 
-    def quota(self, stage: int) -> float:
+    def _quota(self, stage: int) -> float:
         """The share of a step for which workers of a stage may compute."""
         return min(self._granted(self.hosts[rank]) for rank in self._ranks(stage))
 

@@ -35,9 +35,9 @@ FREE = Link(0.0, 0.0)
 SHARED = Link(copy=0.25e-9, wire=0.0)  # through shared memory: each side copies
 
 
-def fineness(plan: Plan, stages: int) -> int:
-    """For how many stages a model is looked into, that is to be cut into so many."""
-    return stages if plan.cuts is None else max(stages, NUMBERED)
+def fineness(plan: Plan) -> int:
+    """For how many stages a model is looked into at least."""
+    return 0 if plan.cuts is None else NUMBERED
 
 
 def everything_fits(stage: int, start: int, stop: int) -> bool:

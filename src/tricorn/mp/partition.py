@@ -51,14 +51,15 @@ class _Call(nn.Module):
         return self.function(value)
 
 
-def blocks_of(job: Job, model: nn.Module, stages: int) -> list[Block]:
+def blocks_of(job: Job, model: nn.Module, stages: int, fineness: int = 0) -> list[Block]:
     """``blocks`` of a job's model, called as with the first sample of the job's data."""
     inputs, _ = as_source(job.train).fetch(np.zeros(1, dtype=np.int64))
-    return blocks(model, stages, inputs)
+    return blocks(model, stages, inputs, fineness)
 
 
-def blocks(model: nn.Module, stages: int, inputs: Any = None) -> list[Block]:
-    """The blocks of a model, in the order they are applied; fine enough for so many stages where it can be.
+def blocks(model: nn.Module, stages: int, inputs: Any = None, fineness: int = 0) -> list[Block]:
+    """The blocks of a model, in the order they are applied; fine enough for so many stages, or for ``fineness`` if that
+    is more, where it can be.
 
     A model can list them itself: ``pipeline_blocks()`` returns modules and functions, the first of which takes the
     model's inputs and each other what the one before it returned; together they hold every parameter and buffer.
@@ -71,10 +72,11 @@ def blocks(model: nn.Module, stages: int, inputs: Any = None) -> list[Block]:
     listed = getattr(model, "pipeline_blocks", None)
     if listed is not None:
         return _listed(model, listed())
-    return _followed(model, stages, None if inputs is None else _names(model, inputs))
+    given = None if inputs is None else _names(model, inputs)
+    return _followed(model, stages, max(stages, fineness), given)
 
 
-def _followed(model: nn.Module, stages: int, given: frozenset[str] | None) -> list[Block]:
+def _followed(model: nn.Module, stages: int, fineness: int, given: frozenset[str] | None) -> list[Block]:
     """As coarse as will do: submodules as they are, then looked into; cut at one value, then at several."""
     shallow = follow(model, deep=False, given=given)
     levels: list[Graphs] = [shallow]
@@ -85,7 +87,7 @@ def _followed(model: nn.Module, stages: int, given: frozenset[str] | None) -> li
                 levels.append(follow(model, deep=True, given=given))
             finer = _cut_up(model, levels[level], several)
             found = max(found, finer, key=len)
-            if len(found) >= ENOUGH * stages:
+            if len(found) >= ENOUGH * fineness:
                 return found
     if len(found) < stages and (reasons := levels[-1].taken_whole):
         raise PlanError(reasons[0])

@@ -54,7 +54,7 @@ def _uncut(job: Job, plan: Plan, model: nn.Module) -> str | None:
     """Why the model cannot be cut into the stages."""
     stages = plan.stages * chunks_of(plan)
     try:
-        found = blocks_of(job, model, fineness(plan, stages))
+        found = blocks_of(job, model, stages, fineness(plan))
     except PlanError as error:
         return f"{error}; {error.remedy}" if error.remedy else str(error)
     if reason := refusal(model, found, stages):

@@ -230,7 +230,7 @@ class MeshTrainer:
     def _build(self, cuts: tuple[int, ...], shards: Group) -> Part:
         """Make this worker's part of the model, with the weights of the seed."""
         model = model_without_rows(self._job)
-        found = blocks_of(self._job, model, fineness(self._plan, len(cuts) + 1))
+        found = blocks_of(self._job, model, len(cuts) + 1, fineness(self._plan))
         shared = tied(model, found, cuts)
         if self._mesh.tensor > 1:
             from tricorn.mp.tensor import find_for

@@ -126,7 +126,9 @@ def foreseen(job: Job | tuple[str, str], plan: Plan) -> Outlook | None:
             return None
         ground = Ground(known, links, clusters.here(), survey.seen)
         found = predicted(plan, ground)
-        return Outlook(found, ground, survey.verdicts, survey.key) if isinstance(found, Prediction) else None
+        if not isinstance(found, Prediction):
+            return None
+        return Outlook(msgspec.structs.replace(found, plan=plan), ground, survey.verdicts, survey.key)
 
 
 def learn(outlook: Outlook, measured: Mapping[str, float], steps: float) -> None:

@@ -1,16 +1,16 @@
 """What runs teach: by how many times computing, making batches and exchanging took as long as was predicted. Pure.
 
 Computing is kept by crowd (how many workers with how many threads each), exchanging by the plan's way and the numbers
-of its roles, and the whole step by plan. What was not seen itself goes by what was seen of its kind; another way of
-exchanging by several that were seen, or by what computing and exchanging have in common, as on a machine that is slower
-than it was.
+of its roles; and by plan what is left then of its step. What was not seen itself goes by what was seen of its kind;
+another way of exchanging by several that were seen, or by what computing and exchanging have in common, as on a machine
+that is slower than it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp, log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tricorn.planner.ground import Ground
 
 DOUBT = 20.0  # steps that a profile is worth, beside those of runs
+LEFT = 100.0  # the same of the terms together: their sum is mostly right once they are
 MEMORY = 2000.0  # steps of earlier runs that a later one is weighed against at most
 FURTHEST = 50.0  # times: what is further off is some accident
 BESIDES = (UPDATE, EXCHANGE, WIRE)  # all that a run can tell from computing and batches only as a whole
@@ -36,14 +37,33 @@ class Factor(msgspec.Struct, frozen=True):
 Seen = dict[str, Factor]
 
 
-def learned(
-    seen: Mapping[str, Factor], plain: Prediction, measured: Mapping[str, float], steps: float, ground: Ground
-) -> Seen:
-    """What is known once a run has ``measured`` seconds of a step by term (report/compare.py) in so many steps.
+class Run(NamedTuple):
+    """It ``measured`` seconds of a step by term (report/compare.py) in so many steps.
 
     ``plain`` is what was predicted of its plan without anything seen.
     """
+
+    plain: Prediction
+    measured: Mapping[str, float]
+    steps: float
+
+
+def learned(seen: Mapping[str, Factor], runs: Sequence[Run], ground: Ground) -> Seen:
+    """What is known after the runs: of their terms first, and then of what is left of their steps."""
     found = dict(seen)
+    for run in runs:
+        for key, times in _told(run, ground).items():
+            found[key] = _mixed(found.get(key, Factor(1.0, DOUBT)), times, run.steps)
+    for plain, measured, steps in runs:
+        own, believed = _own(plain.plan), sum(_terms(plain, found, ground).values())
+        if "step" in measured and believed > 0:
+            found[own] = _mixed(found.get(own, Factor(1.0, LEFT)), measured["step"] / believed, steps)
+    return found
+
+
+def _told(run: Run, ground: Ground) -> dict[str, float]:
+    """How many times what was expected each term took, under its key."""
+    plain, measured, _ = run
     keys = _keys(plain.plan, ground)
     besides = measured.get("exchange", 0.0) + measured.get("waiting", 0.0)
     told = {DATA: measured.get("data"), COMPUTE: measured.get("compute"), EXCHANGE: besides}
@@ -54,19 +74,18 @@ def learned(
     idle, computing = plain.terms.get(IDLE, 0.0), told[COMPUTE]
     if computing is None:  # then it is in the rest
         expected[EXCHANGE] += expected[COMPUTE] + idle
-    else:  # who waits for the slowest waits for computing
+    elif expected[COMPUTE] > 0:  # who waits for the slowest waits for computing
         told[EXCHANGE] = max(besides - idle * computing / expected[COMPUTE], besides / 4)
-    for term, seconds in told.items():
-        if seconds is not None and expected[term] > 0:
-            found[keys[term]] = _mixed(found.get(keys[term]), seconds / expected[term], steps)
-    if "step" in measured:
-        found[_own(plain.plan)] = _mixed(found.get(_own(plain.plan)), measured["step"] / plain.seconds, steps)
-    return found
+    return {
+        keys[term]: seconds / expected[term]
+        for term, seconds in told.items()
+        if seconds is not None and expected[term] > 0
+    }
 
 
-def _mixed(old: Factor | None, times: float, steps: float) -> Factor:
+def _mixed(old: Factor, times: float, steps: float) -> Factor:
     """What was known, with what so many steps say: the mean by steps."""
-    times, old = min(max(times, 1 / FURTHEST), FURTHEST), old or Factor(1.0, DOUBT)
+    times = min(max(times, 1 / FURTHEST), FURTHEST)
     before = min(old.steps, MEMORY)
     mean = (before * log(old.times) + steps * log(times)) / (before + steps)
     return Factor(exp(mean), before + steps)
@@ -74,27 +93,38 @@ def _mixed(old: Factor | None, times: float, steps: float) -> Factor:
 
 def corrected(prediction: Prediction, ground: Ground) -> Prediction:
     """The prediction, with what runs have taught. Of links between other hosts runs on this machine say nothing."""
-    seen = ground.seen
-    if not seen:
+    if not ground.seen:
         return prediction
-    times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
-    foreign = ground.cluster.described and not ground.cluster.present
-    by_term = {COMPUTE: times[COMPUTE], IDLE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
-    if not foreign:
-        by_term |= dict.fromkeys(BESIDES, times[EXCHANGE])
-        if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
-            by_term |= dict.fromkeys((COMPUTE, IDLE), times[EXCHANGE])
-    terms = {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
-    own = seen.get(_own(prediction.plan))
-    if own and not foreign:
-        ratio = own.times * prediction.seconds / (sum(terms.values()) or 1.0)
-        terms = {term: seconds * ratio for term, seconds in terms.items()}
+    terms, own = _terms(prediction, ground.seen, ground), ground.seen.get(_own(prediction.plan))
+    if own and not _foreign(ground):
+        terms = {term: seconds * own.times for term, seconds in terms.items()}
     return msgspec.structs.replace(prediction, terms=terms)
 
 
+def uncut(plan: Plan) -> Plan:
+    """The plan as it is apart from its cuts, which a run without them finds by itself."""
+    return msgspec.structs.replace(plan, cuts=None)
+
+
+def _terms(prediction: Prediction, seen: Mapping[str, Factor], ground: Ground) -> dict[str, float]:
+    """Its terms, by what is known of computing, batches and exchanging."""
+    times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
+    by_term = {COMPUTE: times[COMPUTE], IDLE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
+    if not _foreign(ground):
+        by_term |= dict.fromkeys(BESIDES, times[EXCHANGE])
+        if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
+            by_term |= dict.fromkeys((COMPUTE, IDLE), times[EXCHANGE])
+    return {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
+
+
+def _foreign(ground: Ground) -> bool:
+    """Whether it is of other machines, of whose links runs here say nothing."""
+    return ground.cluster.described and not ground.cluster.present
+
+
 def _own(plan: Plan) -> str:
-    """The key of what a plan's own steps took."""
-    return f"step/{msgspec.json.encode(plan).decode()}"
+    """The key of what is left of a plan's step."""
+    return f"step/{msgspec.json.encode(uncut(plan)).decode()}"
 
 
 def _keys(plan: Plan, ground: Ground) -> dict[str, str]:

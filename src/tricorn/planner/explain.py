@@ -47,6 +47,9 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
         f"{seconds(chosen.seconds * steps)} an epoch of {steps:,} steps.",
         f"Of a step, {_terms(chosen)}.",
     ]
+    if chosen.plan.cuts:
+        begin = [f"{ground.profile.layers[cut].name!r}" for cut in chosen.plan.cuts]
+        said.append(f"The model is cut before {', '.join(begin)}.")
     role, most = chosen.fullest
     memory = min(host.memory for host in ground.cluster.hosts)
     said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")

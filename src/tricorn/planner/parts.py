@@ -32,6 +32,11 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     works: tuple[Work, ...]  # of all stages, chunks counted
     hop: float  # seconds from a stage to the next
     replicas: int
+    granted: tuple[float, ...]  # by stage, the share of a step for which its workers may compute
+
+    def least(self, busy: Sequence[float], after: float) -> float:
+        """Seconds before what comes ``after`` them, of a step in which stages are busy for so long."""
+        return max((seconds + after) / share - after for seconds, share in zip(busy, self.granted, strict=True))
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):

@@ -259,7 +259,7 @@ def _layers(job: Job, samples: int, line: Line) -> None:
     from tricorn.mp.partition import blocks_of, legal_cuts
 
     torch.set_num_threads(1)
-    found = blocks_of(job, build_model(job), NUMBERED)
+    found = blocks_of(job, build_model(job), 2, NUMBERED)
     legal = set(legal_cuts(found))
     costs = measure(job, found, example(job, samples), device_of(job))
     line.say(

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from tricorn.plan import Plan
-from tricorn.planner.correct import learned
+from tricorn.planner.correct import Run, learned, uncut
 from tricorn.planner.ground import Ground
 from tricorn.planner.prediction import Prediction
 from tricorn.planner.search import predicted, search
@@ -46,10 +46,18 @@ class Outlook:
 
     def after(self, measured: Mapping[str, float], steps: float) -> Ground:
         """The ground with what the run has measured of its own plan."""
-        plain = predicted(self.plan, replace(self.ground, seen={}))
-        if isinstance(plain, str):
-            return self.ground
-        return replace(self.ground, seen=learned(self.ground.seen, plain, measured, steps, self.ground))
+        return taught(self.ground, [(self.plan, measured, steps)])
+
+
+def taught(ground: Ground, runs: Sequence[tuple[Plan, Mapping[str, float], float]]) -> Ground:
+    """The ground with what runs of these plans have measured in so many steps."""
+    plain = replace(ground, seen={})
+    known = [
+        Run(found, measured, steps)
+        for plan, measured, steps in runs
+        if not isinstance(found := predicted(plan, plain), str)
+    ]
+    return replace(ground, seen=learned(ground.seen, known, ground))
 
 
 class Watch:
@@ -57,7 +65,7 @@ class Watch:
 
     def __init__(self, outlook: Outlook, left: Collection[Plan] = ()) -> None:
         self._outlook = outlook
-        self._passed = {outlook.plan, *left}
+        self._passed = {uncut(plan) for plan in (outlook.plan, *left)}
         self._due = float(FEWEST_STEPS)
         self._likely: Plan | None = None
         self.better: Prediction | None = None
@@ -77,7 +85,7 @@ class Watch:
         now = here * self._outlook.prediction.penalty
         if (
             found is None
-            or found.plan in self._passed
+            or uncut(found.plan) in self._passed
             or found.high * found.penalty > CLEARLY * now
             or (here - found.seconds) * left < CHANGE_SECONDS
         ):

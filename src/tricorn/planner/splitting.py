@@ -48,7 +48,7 @@ def splitting(job: Job, stages: int, alone: Curve | None, line: Line) -> None:
     if not splits.of:
         line.say(None)
         return
-    blocks = [block.module for block in blocks_of(job, model, stages)] if stages else [model]
+    blocks = [block.module for block in blocks_of(job, model, 2, stages)] if stages else [model]
     found = Splitting(
         shares=_shares(blocks, {id(parameter) for name, parameter in model.named_parameters() if name in splits.of}),
         sums=tuple(size / samples for size in splits.sums),

@@ -9,7 +9,7 @@ Legend: p ranks of a group on h hosts, of which host i has k; n bytes of a tenso
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,26 +72,27 @@ class Traffic:
             self._pass(host, _summed(h, n) / h, _summed(h, n) / h)
 
     def reduce_scatter(self, hosts: Sequence[int], n: float) -> None:
-        p, there = len(hosts), Counter(hosts)
-        h = len(there)
-        self.sent += ((p if h == 1 else h) - 1) * n
-        if h == 1:
-            return
-        if h < p:
-            self.sent += sum(_summed(k, n) + (k - 1) * n / p for k in there.values())
-        for host, k in there.items():
-            self._pass(host, (1 - k / p) * n, (h - 1) * k / p * n)
+        for host, own, others in self._shards(hosts, n, lambda k, p: _summed(k, n) + (k - 1) * n / p):
+            self._pass(host, others, own)
 
     def all_gather(self, hosts: Sequence[int], n: float) -> None:
+        for host, own, others in self._shards(hosts, n, lambda k, p: (k - 1) * (1 / p + 1) * n):
+            self._pass(host, own, others)
+
+    def _shards(
+        self, hosts: Sequence[int], n: float, within: Callable[[int, int], float]
+    ) -> Iterator[tuple[int, float, float]]:
+        """By host, the bytes of its ranks' shards, once for each other host, and those of the shards of all others.
+
+        ``within``: what k of p ranks that share a host send each other.
+        """
         p, there = len(hosts), Counter(hosts)
         h = len(there)
         self.sent += ((p if h == 1 else h) - 1) * n
-        if h == 1:
-            return
-        if h < p:
-            self.sent += sum((k - 1) * (1 / p + 1) * n for k in there.values())
-        for host, k in there.items():
-            self._pass(host, (h - 1) * k / p * n, (1 - k / p) * n)
+        if 1 < h < p:
+            self.sent += sum(within(k, p) for k in there.values())
+        for host, k in there.items() if h > 1 else ():
+            yield host, (h - 1) * k / p * n, (1 - k / p) * n
 
     def all_to_all(self, hosts: Sequence[int], n: float) -> None:
         """Of n bytes each rank has an even part for each."""

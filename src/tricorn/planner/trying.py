@@ -14,7 +14,7 @@ from tricorn.planner.correct import way
 from tricorn.planner.explain import named
 from tricorn.planner.ground import Ground
 from tricorn.planner.prediction import Prediction
-from tricorn.planner.replan import Outlook
+from tricorn.planner.replan import taught
 from tricorn.planner.search import Planning, WhyNot, exact, search
 
 SECONDS = 45.0  # for all trials
@@ -49,29 +49,29 @@ def try_out(
     """
     failed: dict[Plan, str] = {}
     tried: list[Plan] = []
-    seen: dict[Plan, None] = {}  # of those what was measured
+    found: list[tuple[Plan, Mapping[str, float], float]] = []
     until, in_vain = now() + SECONDS, 0
 
     def why(plans: Sequence[Plan]) -> list[str | None]:
         return [failed.get(plan) or reason for plan, reason in zip(plans, why_not(plans), strict=True)]
 
     while True:
-        planning = search(ground, why, given, approximate=approximate)
+        known = taught(ground, found)
+        planning = search(known, why, given, approximate=approximate)
         following = _next(planning, tried, approximate=approximate)
         if following is None or now() > until or in_vain == IN_VAIN:
-            return msgspec.structs.replace(planning, tried=tuple(seen)), ground
+            return msgspec.structs.replace(planning, tried=tuple(dict.fromkeys(plan for plan, *_ in found))), known
         told(f"trying {named(following.plan)}")
         tried.append(following.plan)
         try:
-            found = trial(following.plan)
+            measured, steps = trial(following.plan)
         except TricornError as error:
             failed[following.plan] = f"it was tried, and failed: {error}"
         else:
-            if found.steps < FEWEST_STEPS:
+            if steps < FEWEST_STEPS:
                 in_vain += 1
-                continue
-            seen |= {following.plan: None}
-            ground = Outlook(following, ground, {}).after(found.measured, min(WORTH * found.steps, MOST_WORTH))
+            else:
+                found.append((following.plan, measured, min(WORTH * steps, MOST_WORTH)))
 
 
 def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Prediction | None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tricorn import data, optim, strategy
 from tricorn.job import Job
+from tricorn.mp.cut import NUMBERED
 from tricorn.mp.partition import blocks_of, legal_cuts
 from tricorn.plan import Plan
 from tricorn.state.flat import build_model
@@ -50,7 +51,7 @@ def test_follow_one_plain_loop(parts, width, mesh, microbatches, schedule, recom
     job = job_of(parts, width)
     cut_into = stages * (2 if schedule == "interleaved" and stages > 1 else 1)
     assume(schedule != "interleaved" or stages > 1)
-    legal = legal_cuts(blocks_of(job, build_model(job), cut_into))
+    legal = legal_cuts(blocks_of(job, build_model(job), cut_into, NUMBERED))
     assume(len(legal) >= cut_into - 1)
     cuts = choice.draw(st.permutations(legal), label="cuts")[: cut_into - 1]
     plan = Plan(
