@@ -97,6 +97,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         PlanError, match=r"does not fit 2 stages: stage [01] needs .* MB, .* and a worker may have .* MB"
     ):
         chosen(Plan(strategy="mp", workers=2, memory=small))
+    with pytest.raises(PlanError, match="leave its cuts out of the plan"):
+        chosen(Plan(strategy="mp", workers=2, memory=small, cuts=(1,)))
 
 
 class Active(nn.Module):

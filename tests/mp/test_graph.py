@@ -219,4 +219,5 @@ def test_what_the_first_sample_lacks_keeps_its_default_and_must_not_come():
 def test_a_submodule_that_cannot_be_followed_is_named_where_it_is_in_the_way():
     with pytest.raises(PlanError, match="forward of Deciding cannot be followed"):
         blocks(Partly(Deciding), 30)
-    assert "deciding" in [block.name for block in blocks(Partly(Deciding), 2)]
+    for fineness in (0, 30):
+        assert "deciding" in [block.name for block in blocks(Partly(Deciding), 2, fineness=fineness)]

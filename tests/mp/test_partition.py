@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from tricorn.errors import PlanError
+from tricorn.mp.cut import NUMBERED, fineness
 from tricorn.mp.partition import Stage, blocks, legal_cuts, refusal
+from tricorn.plan import Plan
 from tricorn.state.flat import call_model
 
 from . import models
@@ -72,6 +74,14 @@ def test_one_value_is_preferred_to_several():
 def test_submodules_are_looked_into_only_when_too_few():
     assert blocks(models.Residual(), 1)[0].name == "blocks.0"
     assert len(blocks(models.Wide(), 1)) == 7
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_cuts_of_a_plan_number_the_same_blocks_for_any_stages(stages):
+    cut = fineness(Plan(strategy="mp", workers=2, cuts=(1,)))
+    names = [block.name for block in blocks(models.Wide(), stages, fineness=cut)]
+    assert names == [block.name for block in blocks(models.Wide(), NUMBERED)]
+    assert len(names) > len(blocks(models.Wide(), 1, fineness=fineness(Plan(strategy="mp", workers=2))))
 
 
 def test_looking_at_a_model_changes_nothing():

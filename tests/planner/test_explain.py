@@ -150,3 +150,10 @@ def test_seconds_have_a_unit(value: float, shown: str) -> None:
 
 def test_bytes_have_a_unit() -> None:
     assert [size(value) for value in (0, 512, 2048, 3.5e9)] == ["0 B", "512 B", "2.05 kB", "3.5 GB"]
+
+
+def test_a_pipeline_is_said_to_be_cut_before_blocks_by_name() -> None:
+    found = search(ground(), can_run, {"strategy": "mp", "workers": 2, "microbatches": 2}, approximate=False)
+    assert found.chosen is not None
+    (cut,) = found.chosen.plan.cuts or ()
+    assert f"The model is cut before 'layers.{cut}'." in explain(found, ground())

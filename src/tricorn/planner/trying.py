@@ -75,18 +75,20 @@ def try_out(
 
 
 def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Prediction | None:
-    """What to try now: the chosen plan; then the best that come near it; then the best of each way to exchange; and
-    in turn, again those between which a trial may be wrong.
+    """What to try now: the chosen plan; then the best that come near it; then a second time those between which a trial
+    may be wrong; then the best of each way to exchange; and a third time those that are close.
     """
     chosen = planning.chosen
     if chosen is None or chosen.plan not in tried:
         return chosen
     left = [each for each in planning.ranked if each.plan not in tried and (approximate or exact(each.plan))]
-    near = (each for each in left if each.score <= RIVAL * chosen.score)
-    ways = {way(plan) for plan in tried}
-    other = next(near, None) or next((each for each in left if way(each.plan) not in ways), None)
+    if left and left[0].score <= RIVAL * chosen.score:
+        return left[0]
     close = [each for each in planning.ranked if each.plan in tried and each.score <= CLOSE * chosen.score]
-    if other is not None or len(close) == 1:
-        return other
     least = min(close, key=lambda each: tried.count(each.plan))
-    return least if tried.count(least.plan) < ROUNDS else None
+    times = tried.count(least.plan) if len(close) > 1 else ROUNDS
+    ways = {way(plan) for plan in tried}
+    other = next((each for each in left if way(each.plan) not in ways), None)
+    if times > 1 and other is not None:
+        return other
+    return least if times < ROUNDS else None
