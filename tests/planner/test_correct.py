@@ -65,7 +65,8 @@ def test_a_few_steps_teach_little_and_many_steps_all() -> None:
     times = [of(TWO, after(TWO, on, said, steps)).terms["compute"] / plain for steps in (1, 20, 2000)]
     assert times == sorted(times)
     assert times[0] < 1.05
-    assert times[1] == pytest.approx(2**0.5, rel=0.1)
+    # Computing has learned half of it then, and what is left of the step at most 20 of 120 of the other half.
+    assert 2**0.5 <= times[1] <= 2 ** (0.5 + 0.5 * 20 / 120)
     assert times[2] > 1.98
 
 

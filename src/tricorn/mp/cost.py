@@ -93,6 +93,8 @@ class _Mesh:
             raise ValueError(f"{plan.replicas} replicas have no batch of {self.profile.batch_size} to share")
         self.samples = self.profile.batch_size / self.R
         self.count = len(split(int(self.samples), microbatches_of(plan, int(self.samples))))
+        self.microbatch = self.samples / self.count
+        self.times = self.microbatch / max(1, self.profile.layer_samples)  # what layers were measured of
         self.hosts = ground.places(plan)[0]
         lines = [self.mesh.line(self.mesh.rank(Place(r, 0, k))) for r in range(self.R) for k in range(self.t)]
         self.away = any(self._apart(line) for line in lines)
@@ -123,7 +125,7 @@ class _Mesh:
         update = max(ground.updating(plan, largest / spread, at) * self._granted(at) for at in ground.hosts(plan))
         after = {UPDATE: update, EXCHANGE: self.per_step + summed, WIRE: wire}
         loading = ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
-        _, scatter = ground.on(self.hosts[0], plan, self.samples / self.count)
+        _, scatter = ground.on(self.hosts[0], plan, self.microbatch)
         return Parts(computing=(), scatter=scatter, loading=loading, after=after, line=self.line)
 
     def traffic(self) -> Traffic:
@@ -161,9 +163,9 @@ class _Mesh:
             ranks = self.mesh.shards(self.mesh.rank(Place(replica, number % self.p, 0)))
             hosts, inside = [self.hosts[rank] for rank in ranks], Traffic()
             for size in splitting.sums:
-                inside.all_reduce(hosts, size * self.samples / self.count)
+                inside.all_reduce(hosts, size * self.microbatch)
             for size in splitting.gathers:
-                inside.all_gather(hosts, size * self.samples / self.count)
+                inside.all_gather(hosts, size * self.microbatch)
             found.add(inside.part(self.count * part / (sum(split) or 1.0)))
 
     def memory(self) -> dict[str, int]:
@@ -171,26 +173,25 @@ class _Mesh:
 
         A copy of what is saved is made to be written.
         """
-        profile, samples = self.profile, self.samples / self.count
-        found = {}
+        profile, found = self.profile, {}
         for rank, actions in enumerate(self.orders):
             flying, mine = most_in_flight(actions), self.stages[rank :: self.p]
             weights = sum(stage.bytes for stage in mine)
             slots = profile.slots / (self.R if self.plan.zero else 1)
             layers = [layer for stage in mine for layer in stage.layers]
-            whole, given = self._activations(layers, samples / max(1, profile.layer_samples))
+            whole, given = self._activations(layers)
             kept = flying * given + whole if self.plan.recompute else flying * whole / self.v
             saved = weights * (1 + profile.slots) / self.R  # replicas share the writing
             held = peak_bytes(weights * (2 + slots), kept, saved, profile.largest_bytes)
             found[f"stage {rank}"] = int(self.ground.base("mp") + held)
         return found
 
-    def _activations(self, layers: list[Layer], times: float) -> tuple[float, float]:
+    def _activations(self, layers: list[Layer]) -> tuple[float, float]:
         """Bytes that layers keep of one microbatch, and that are handed to their first."""
         if not self.profile.layers:
-            return self.profile.kept_bytes * self.samples / self.count, 0.0
+            return self.profile.kept_bytes * self.microbatch, 0.0
         kept = sum(layer.kept_bytes / self.t + layer.output_bytes for layer in layers)
-        return kept * times, layers[0].output_bytes * times
+        return kept * self.times, layers[0].output_bytes * self.times
 
     def _splitting(self) -> Splitting | None:
         if self.t == 1:
@@ -209,9 +210,8 @@ class _Mesh:
         hop = self._hop
         price = Link(0.0, max(0.0, hop(MEGABYTE) - hop(0.0)) / MEGABYTE)
         update = profile.updating(1, 1, profile.weight_bytes) / max(1, profile.elements) / self.count
-        times = self.samples / self.count / max(1, profile.layer_samples)
-        seconds = [times * layer.seconds + update * layer.elements for layer in layers]
-        handed = [int(times * layer.output_bytes) for layer in layers]
+        seconds = [self.times * layer.seconds + update * layer.elements for layer in layers]
+        handed = [int(self.times * layer.output_bytes) for layer in layers]
         taken = [self._seconds(stage) / self._quota(stage) for stage in range(self.p)]
         slowness = [each / min(taken) for each in taken]
         if self.plan.cuts and count > NUMBERED:
@@ -256,8 +256,7 @@ class _Mesh:
             fixed = self.per_action * self._slow_in(number % self.p) if self.p > 1 else 0.0
             self.exchanged = max(self.exchanged, 2 * fixed + sums)
             works.append(Work(fixed + forward + sums / 2, fixed + backward + again + sums / 2, weights))
-        times = self.samples / self.count / max(1, self.profile.layer_samples)
-        self.handed = [stage.layers[-1].output_bytes * times for stage in self.stages[:-1]]
+        self.handed = [stage.layers[-1].output_bytes * self.times for stage in self.stages[:-1]]
         schedule = self.plan.schedule or ("interleaved" if self.v > 1 else "1f1b")
         self.orders = [order(schedule, rank, self.p, self.count, self.v) for rank in range(self.p)]
         together = [self._together(stage) for stage in self.stages]
@@ -279,9 +278,8 @@ class _Mesh:
 
         Workers that outnumber their host's cores were measured as such (``Ground.on``).
         """
-        samples = self.samples / self.count
         hosts = {self.hosts[rank] for rank in self._ranks(stage)}
-        return max(self.ground.on(host, self.plan, samples)[0] * self._granted(host) for host in hosts)
+        return max(self.ground.on(host, self.plan, self.microbatch)[0] * self._granted(host) for host in hosts)
 
     def _quota(self, stage: int) -> float:
         """The share of a step for which workers of a stage may compute."""
@@ -309,11 +307,10 @@ class _Mesh:
             return 0.0
         shards = [self.mesh.shards(self.mesh.rank(Place(r, s, 0))) for r in range(self.R) for s in range(self.p)]
         apart = any(self._apart(ranks) for ranks in shards)
-        samples = self.samples / self.count
-        found = self._exchanging("tcp" if apart else "shared", self.t, samples) * max(self.slow)
+        found = self._exchanging("tcp" if apart else "shared", self.t, self.microbatch) * max(self.slow)
         if apart:
             for size, times in [(size, 2) for size in self.splitting.sums] + [(s, 1) for s in self.splitting.gathers]:
-                part = times * (self.t - 1) / self.t * size * samples
+                part = times * (self.t - 1) / self.t * size * self.microbatch
                 found += self.ground.wire(part, self.hosts[: self.t], times * (self.t - 1))
         return found
 
@@ -334,7 +331,7 @@ class _Mesh:
         """
         if self.splitting is None or self.splitting.steps is None or not share:
             return 0.0
-        profile, samples = self.profile, self.samples / self.count
+        profile, samples = self.profile, self.microbatch
         tried = max(samples, self.splitting.steps.points[0].x)
         halves = profile.element_bytes * sum(
             layer.elements * (1 - each / 2)
@@ -352,15 +349,11 @@ class _Mesh:
         """Bytes of the parameters that a worker of this stage has."""
         return sum(stage.bytes for stage in self.stages[rank :: self.p])
 
-    @property
-    def _copies_apart(self) -> bool:
-        return any(self._apart(self.mesh.copies(rank)) for rank in range(self.p * self.t))
-
     def _copies(self, n: float) -> tuple[float, float]:
         """Seconds that replicas sum gradients for, and seconds of that on the links."""
         if self.R == 1:
             return 0.0, 0.0
-        if not self._copies_apart:
+        if not any(self._apart(self.mesh.copies(rank)) for rank in range(self.p * self.t)):
             return self.ground.exchanging("dp", self.R, n)[0] * max(self.slow), 0.0
         there = max(Counter(self.hosts).values())  # workers that share a link
         amount = 2 * (self.R - 1) / self.R * n * there
