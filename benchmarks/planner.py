@@ -3,8 +3,9 @@
 For four jobs that its equations were not made for, on clusters of one to four hosts. A piece is one job on one cluster
 (``--case mlp --cluster 2-100``). The planner looks at the hosts and tries some plans, as it does for whoever has them;
 its predictions are written into a file of their own, and beside them those for hosts that are only described. Then
-plan after plan is measured until ``--minutes`` are over; called again, it goes on where it was. ``--summary`` says what
-all pieces came to. Without any of these all jobs are measured on the usual clusters, which takes hours.
+plan after plan is measured until ``--minutes`` are over, and those that turn out to be the fastest nine times more, by
+turns; called again, it goes on where it was. ``--summary`` says what all pieces came to. Without any of these all jobs
+are measured on the usual clusters, which takes hours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 from common import ROOT, Report
+from pace import Pace
 from planner_judged import SLOW, SPARSE, Case, Run, baselines
 from planner_places import EVERY, SOME, SPEEDS, Place, described, place
 
@@ -48,7 +50,7 @@ STEPS = range(10, 401, 5)  # of a run: whole epochs, of which workers do not cou
 SLOW_MBIT = 200.0
 FIRST = 5  # of the planner's plans, and what others would choose: measured before the rest
 GROUP = 8  # plans whose runs are interleaved
-CLOSE, MORE = 1.2, 7  # plans that take so many times as long as the fastest at most are run so often
+CLOSE, CLOSING = 1.2, 9  # plans that take so many times as long as the fastest at most are run so often at the end
 
 
 def key_of(plan: Plan) -> str:
@@ -59,7 +61,7 @@ def predict(case: str, cluster: str, where: Place, file: Path) -> dict:
     """What the planner says of the case, from the file if it has said it before; with measurements of its own."""
     if not file.exists():
         job = str(JOBS), f"{case}@{TRIED_STEPS}"
-        with _cache(file.parent / "cache"):
+        with _cache(file.parent / "cache"), Pace() as pace:
             stated = planner.plan((str(JOBS), case), where.given, cluster=described(cluster), told=_tell)
             with Trials(job, where.engine) as trial:
                 found = planner.plan((str(JOBS), case), where.given, places=where.hosts, trial=trial, told=_tell)
@@ -70,7 +72,7 @@ def predict(case: str, cluster: str, where: Place, file: Path) -> dict:
             "chosen": key_of(found.best), "traits": traits, "tried": [key_of(plan) for plan in found.planning.tried],
             "predictions": [each.as_dict() for each in found.ranked],
             "stated": {key_of(each.plan): each.seconds for each in stated.ranked} if where.hosts else {},
-            "rejected": Counter(each.reason for each in found.rejected),
+            "rejected": Counter(each.reason for each in found.rejected), "pace": pace.seconds,
         }  # fmt: skip
         file.write_text(json.dumps(said))
     return json.loads(file.read_text())
@@ -96,28 +98,36 @@ def order(predictions: dict[str, Prediction], said: dict) -> tuple[list[str], li
     return first, sorted(rest, key=lambda key: not exact(predictions[key].plan))
 
 
-def todo(groups: Sequence[Sequence[str]], steps: dict[str, int], rounds: int, runs: list[Run]) -> Iterator[tuple]:
-    """(plan, steps) of each run that is left: rounds interleaved, of which the second is twice as long.
+def todo(
+    groups: Sequence[Sequence[str]], chosen: str, steps: dict[str, int], rounds: int, runs: list[Run]
+) -> Iterator[tuple[str, int, bool]]:
+    """(plan, steps, whether it closes) of each run that is left: rounds interleaved, the second of them twice as long.
 
-    After each group there are more rounds of those that are the fastest so far, between which chance decides.
+    What choices come to is decided at the end, between the chosen plan and those that were the fastest, all at the same
+    time: cores are now faster and now slower, by what other machines do on the same hardware.
     """
     for group in groups:
-        yield from _rounds(group, steps, rounds, runs)
-        yield from _rounds(closest(runs), steps, MORE if rounds > 2 else rounds, runs)
+        for key, number in _rounds(group, rounds, runs):
+            yield key, steps[key] * (2 if number == 1 else 1), False
+    if rounds > 2:
+        closing = list(dict.fromkeys([chosen, *closest(runs)]))
+        for key, _ in _rounds(closing, CLOSING, runs, closing=True):
+            yield key, steps[key], True
 
 
-def _rounds(group: Sequence[str], steps: dict[str, int], rounds: int, runs: list[Run]) -> Iterator[tuple]:
+def _rounds(group: Sequence[str], rounds: int, runs: list[Run], *, closing: bool = False) -> Iterator[tuple[str, int]]:
     for number in range(rounds):
         for key in group:
-            if sum(run.plan == key for run in runs) <= number:
-                yield key, steps[key] * (2 if number == 1 else 1)
+            if sum(run.plan == key and run.closing == closing for run in runs) <= number:
+                yield key, number
 
 
 def closest(runs: Sequence[Run]) -> list[str]:
-    """The plans, of those that train as one process would, that come close to the fastest."""
+    """The plans, of those that train as one process would, that came close to the fastest."""
     taken: dict[str, list[float]] = {}
     for run in runs:
-        taken.setdefault(run.plan, []).append(run.seconds)
+        if not run.closing:
+            taken.setdefault(run.plan, []).append(run.seconds)
     medians = {
         key: statistics.median(found)
         for key, found in taken.items() if exact(msgspec.json.decode(key, type=Plan))
@@ -125,10 +135,11 @@ def closest(runs: Sequence[Run]) -> list[str]:
     return [key for key, seconds in medians.items() if seconds <= CLOSE * min(medians.values())]
 
 
-def measure(where: Place, case: str, plan: Plan, steps: int) -> Run:
+def measure(where: Place, case: str, plan: Plan, steps: int, *, closing: bool) -> Run:
     """Train with the plan; a failure is a run that takes for ever."""
     before = where.traffic()
     with (
+        Pace() as pace,
         tempfile.TemporaryDirectory() as runs,
         contextlib.redirect_stderr(io.StringIO()),
         _cache(Path(runs, "cache")),
@@ -138,11 +149,12 @@ def measure(where: Place, case: str, plan: Plan, steps: int) -> Run:
             job = (str(JOBS), f"{case}@{steps}")
             summary, _ = execute(where.engine, job, plan, timing, runs=Path(runs), folder=None)
         except TricornError as error:
-            return Run(plan=key_of(plan), steps=steps, error=str(error))
+            return Run(plan=key_of(plan), steps=steps, closing=closing, error=str(error))
     over = [max(now - old for now, old in zip(after, before[host], strict=True))
             for host, after in where.traffic().items()]  # fmt: skip
     return Run(
-        plan=key_of(plan), steps=steps, seconds=summary["measured"]["step"], link=max(over, default=0),
+        plan=key_of(plan), steps=steps, closing=closing, seconds=summary["measured"]["step"], pace=pace.seconds,
+        link=max(over, default=0),
         memory=max(size for role, size in summary["peak_bytes"].items() if role != "coordinator"),
     )  # fmt: skip
 
@@ -172,11 +184,11 @@ def piece(case: str, cluster: str, out: Path, *, rounds: int, minutes: float, qu
         groups = [first, *(rest[start : start + GROUP] for start in range(0, len(rest), GROUP))]
         steps = {key: _steps(predictions[key].seconds) for key in predictions}
         runs = [run for run in runs_of(results, case, cluster) if run.plan in predictions]
-        for key, count in todo(groups, steps, rounds, runs):
+        for key, count, closing in todo(groups, said["chosen"], steps, rounds, runs):
             if time.monotonic() + predictions[key].seconds * count > until:
                 print(f"{case} on {cluster}: to be gone on with", file=sys.stderr)
                 return
-            run = measure(where, case, predictions[key].plan, count)
+            run = measure(where, case, predictions[key].plan, count, closing=closing)
             runs.append(run)
             with results.open("a") as file:
                 file.write(json.dumps({"case": case, "cluster": cluster, **vars(run)}) + "\n")
@@ -210,7 +222,7 @@ def cases_in(out: Path) -> Iterator[tuple[str, Case]]:
             predictions = predictions_of(said)
             case = Case(
                 predictions, said["chosen"], said["traits"], [run for run in runs if run.plan in predictions],
-                tried=said["tried"], stated=said["stated"],
+                tried=said["tried"], stated=said["stated"], pace=said["pace"],
             )  # fmt: skip
             if case.exact:
                 yield f"{said['case']} on {said['cluster']}", case
@@ -219,10 +231,13 @@ def cases_in(out: Path) -> Iterator[tuple[str, Case]]:
 def judge(report: Report, cases: dict[str, Case]) -> None:
     """A row for each figure of each case, the same of all of them, and the bars."""
     regrets: dict[str, list[float]] = {}
+    best = min(run.pace for case in cases.values() for run in case.runs if run.pace)
     for name, case in cases.items():
         plans = [*case.measured.values()]
         report.row(name, "plans measured, of those that can run", [len(plans)], f"of {len(case.predictions)}")
-        report.row(name, "noise: range of a plan's runs", [100 * case.noise], "%")
+        report.row(name, "noise: range of three runs of a plan", [100 * case.noise], "%")
+        slow = [run.pace / best for run in case.runs if run.pace]
+        report.row(name, "noise: how slow cores were, of their best", slow, "times")
         _spread(report, name, "error of a step", [100 * abs(each.time_error) for each in plans])
         report.row(name, "error of memory, signed", [100 * each.memory_error for each in plans], "%")
         if errors := [100 * each.link_error for each in plans if each.link_error is not None and each.runs[0].link]:
@@ -242,6 +257,8 @@ def judge(report: Report, cases: dict[str, Case]) -> None:
             for case in cases.values() for key, each in case.measured.items() if (key in case.tried) == chosen
         ]:  # fmt: skip
             _spread(report, "all", f"error of a step, plans that the planner had {what}", errors)
+    paced = [abs(error) for case in cases.values() for error in case.paced_errors()]
+    _spread(report, "all", "error of a step, had cores been as fast as while it was planned", [100 * e for e in paced])
     if stated := [100 * abs(error) for case in cases.values() for error in case.stated_errors()]:
         _spread(report, "all", "error of a step, hosts only described", stated)
     report.row("all", "error of memory, signed", [100 * each.memory_error for each in everything], "%")

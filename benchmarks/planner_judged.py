@@ -13,6 +13,7 @@ from tricorn.planner.prediction import Prediction
 from tricorn.planner.search import exact, fits
 
 NOISE = 0.05  # plans that differ by less than this, or by less than their runs do, are ties
+THREE = 1.69  # times the standard deviation: the range of three
 SMALL = 10_000  # bytes of a step that beats and progress may come to
 LIMITS = 16  # memory limits that are tried, between the smallest and the largest peak
 SPARSE, SLOW = "sparse", "slow links"  # what a rule of thumb looks at
@@ -23,7 +24,8 @@ DDP, FSDP, PS, THUMB, ARITHMETIC = "always DDP", "always FSDP", "always PS", "ru
 class Run:
     """Of one plan: seconds of a step, the most bytes of a role, bytes over the busiest link in the whole run.
 
-    ``error`` says why it failed, if it did.
+    ``pace``: seconds that cores took meanwhile for the same little work (pace.py). ``closing``: of those at the end
+    that decide between the fastest plans. ``error`` says why it failed, if it did.
     """
 
     plan: str
@@ -31,6 +33,8 @@ class Run:
     seconds: float = float("inf")
     memory: int = 0
     link: int = 0
+    pace: float = 0.0
+    closing: bool = False
     error: str = ""
 
 
@@ -42,14 +46,20 @@ class Measured:
     runs: Sequence[Run]
 
     @cached_property
+    def closing(self) -> Sequence[Run]:
+        """Of its runs those at the end, by turns with the other plans that come close to the fastest."""
+        return [run for run in self.runs if run.closing]
+
+    @cached_property
     def seconds(self) -> float:
-        return statistics.median(run.seconds for run in self.runs)
+        """The median; where some runs are closing ones, theirs."""
+        return statistics.median(run.seconds for run in self.closing or self.runs)
 
     @property
     def noise(self) -> float:
-        """How far its runs are apart, as a share of their median."""
+        """How far three of its runs are apart, as a share of ``seconds``."""
         taken = [run.seconds for run in self.runs]
-        return (max(taken) - min(taken)) / self.seconds if self.seconds < float("inf") else 0.0
+        return THREE * statistics.stdev(taken) / self.seconds if len(taken) > 1 and max(taken) < float("inf") else 0.0
 
     @property
     def time_error(self) -> float:
@@ -79,18 +89,20 @@ class Case:
     """One job on one cluster. ``chosen`` is the planner's own choice, by its key; runs are under theirs.
 
     ``tried``: plans that the planner ran for some steps. ``stated``: seconds of a step that it predicts where the
-    hosts are only described to it.
+    hosts are only described to it. ``pace``: as of runs, while it planned.
     """
 
     def __init__(
         self, predictions: Mapping[str, Prediction], chosen: str, traits: Sequence[str], runs: Iterable[Run], *,
-        tried: Sequence[str] = (), stated: Mapping[str, float] | None = None,
+        tried: Sequence[str] = (), stated: Mapping[str, float] | None = None, pace: float = 0.0,
     ) -> None:  # fmt: skip
         self.predictions = predictions
         self.tried = tried
         self.stated = stated or {}
+        self.pace = pace
+        self.runs = tuple(runs)
         by_plan: dict[str, list[Run]] = {}
-        for run in runs:
+        for run in self.runs:
             by_plan.setdefault(run.plan, []).append(run)
         tried = {key: Measured(predictions[key], found) for key, found in by_plan.items()}
         self.measured = {key: each for key, each in tried.items() if each.seconds < float("inf")}
@@ -110,12 +122,24 @@ class Case:
         """Signed errors, as shares, of what is predicted for described hosts."""
         return [self.stated[key] / each.seconds - 1 for key, each in self.measured.items() if key in self.stated]
 
+    def paced_errors(self) -> list[float]:
+        """Signed errors, as shares, had cores been as fast in all runs as they were while plans were predicted.
+
+        All that a step takes is taken to follow them, as Python and small reads do; products of large matrices do less.
+        """
+        found = []
+        for each in self.measured.values():
+            if taken := [run.seconds * self.pace / run.pace for run in each.closing or each.runs if run.pace]:
+                found.append(each.prediction.seconds / statistics.median(taken) - 1)
+        return found
+
     def regrets(self) -> dict[str, float]:
         """Of each way to choose: how much slower than the best its plan was, as a share; infinite if that failed.
 
         A way that has nothing to choose is infinitely bad, too; a choice that was not measured is left out.
         """
-        best = min(each.seconds for each in self.exact.values())
+        able = self.exact.values()
+        best = min(each.seconds for each in [each for each in able if each.closing] or able)
         found = {}
         for way, key in self.choices.items():
             if key in self.measured:

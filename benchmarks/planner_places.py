@@ -1,8 +1,8 @@
 """Clusters of this machine's two cores: as they are described to the planner, and as plans are run on them.
 
 A name such as ``3-100-slow`` says: three hosts, links of 100 Mbit/s (``free``: without limit), and the last host at a
-quarter of the others' speed. ``1`` is this machine itself. The hosts have equal parts of the cores, so that together
-they never want more than there is.
+quarter of the others' speed. ``1`` is this machine itself. The hosts have equal parts of three quarters of the cores:
+what joins and watches them, as switches and other people's machines would, takes from the rest, and not from them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ EVERY = ("1", *(f"{n}-{speed}{slow}" for n in (2, 3, 4) for speed in SPEEDS for 
 # Each number of hosts, each speed and a slow host, in pairs of each with each of the others as far as six can have.
 SOME = ("1", "2-free", "2-100-slow", "3-1000", "3-free-slow", "4-100", "4-1000-slow")
 QUARTER = 0.25
+GIVEN = 0.75  # of this machine's cores, to all hosts together
 MEMORY = 4 * 10**9  # bytes of each host, which none of the jobs comes near
 LATENCY = 2e-5  # seconds that veth and switch add to loopback, on which collectives are measured
 HEADERS = 66  # bytes of a packet that are Ethernet's, IPv4's and TCP's
@@ -59,9 +60,9 @@ class Place:
 
 
 def cores_of(name: str) -> list[float]:
-    """Of each host, this machine's parted among them."""
+    """Of each host, what is given of this machine's parted among them."""
     count = int(name.partition("-")[0])
-    each = min(1.0, len(os.sched_getaffinity(0)) / count)
+    each = min(1.0, GIVEN * len(os.sched_getaffinity(0)) / count)
     return [each] * (count - 1) + [each * (QUARTER if name.endswith("-slow") else 1.0)]
 
 

@@ -102,6 +102,24 @@ def test_a_slower_machine_is_slower_at_what_was_not_seen_too(compute: float, bes
     assert of(served, taught).terms["exchange"] == pytest.approx(common * of(served, on).terms["exchange"], rel=0.01)
 
 
+def test_what_links_carry_is_not_corrected_by_another_way_of_exchanging() -> None:
+    on, plans = ground(cluster=apart(2, mbit=100)), [TWO, msgspec.structs.replace(TWO, zero=1)]
+    known = taught(on, [(plan, measured(plan, on, besides=3.0), 100_000) for plan in plans])
+    served = Plan(strategy="ps", workers=2, servers=2)
+    known = replace(known, cluster=msgspec.structs.replace(known.cluster, present=True))
+    before, after = of(served, on).terms, of(served, known).terms
+    assert after["wire"] == before["wire"]
+    assert after["exchange"] > before["exchange"]
+
+
+def test_of_another_way_no_more_seconds_are_missing_than_of_those_that_were_seen() -> None:
+    on, cheap = ground(), [TWO, msgspec.structs.replace(TWO, local_steps=16)]
+    costly = msgspec.structs.replace(TWO, zero=3)
+    known = taught(on, [(plan, measured(plan, on, besides=20.0), 100_000) for plan in cheap])
+    missing = max(of(plan, known).seconds - of(plan, on).seconds for plan in cheap)
+    assert 0 < of(costly, known).seconds - of(costly, on).seconds <= 1.01 * missing
+
+
 def test_threads_are_a_crowd_of_their_own() -> None:
     on = ground()
     narrow, wide = Plan(strategy="dp", workers=2, threads=1), Plan(strategy="dp", workers=2, threads=2)

@@ -15,7 +15,7 @@ from tricorn.planner.prediction import Prediction
 from tricorn.planner.profile import Profile, Splitting
 from tricorn.planner.search import candidates, predicted, search
 
-from .world import GB, apart, can_run, ground, profile, recommender
+from .world import GB, apart, can_run, ground, line, profile, recommender
 
 LINK = 12.5e6 / FRAMED  # bytes a second of 100 Mbit/s
 
@@ -65,6 +65,20 @@ def test_a_slow_link_takes_the_time_that_its_bytes_need() -> None:
     assert fast.terms["wire"] < slow.terms["wire"] / 50
 
 
+def test_hosts_that_stand_still_by_turns_hide_less_of_what_travels() -> None:
+    plan = Plan(strategy="dp", workers=3)
+    whole, parts = (cost(plan, cluster=apart(3, cores=cores)).terms for cores in (1.0, 0.5))
+    assert parts["compute"] > whole["compute"]
+    assert parts["wire"] > whole["wire"]
+
+
+def test_zero_between_hosts_takes_what_its_hooks_take_on_one() -> None:
+    plans = [Plan(strategy="dp", workers=2, zero=zero) for zero in (0, 1, 2)]
+    none, one, two = (cost(plan, job=profile(elements=20_000), cluster=apart(2)).terms["exchange"] for plan in plans)
+    assert two - one == pytest.approx(4e-4 + 3e-10 * 8e4)  # as the curves of two workers
+    assert none < one < two
+
+
 def test_what_is_sent_encoded_crosses_the_link_sooner() -> None:
     plain, coded = (
         cost(Plan(strategy="dp", workers=2, compress=how), cluster=apart(2, mbit=100)) for how in ("none", "int8")
@@ -76,9 +90,9 @@ def test_what_is_sent_encoded_crosses_the_link_sooner() -> None:
     "plan",
     [
         Plan(strategy="dp", workers=4, compress="int8"),
-        Plan(strategy="ps", workers=3, servers=1),
+        Plan(strategy="ps", workers=4, servers=1),
         Plan(strategy="mp", workers=4, replicas=2, microbatches=4),
-        Plan(strategy="ps+dp", workers=3, servers=1),
+        Plan(strategy="ps+dp", workers=4, servers=1),
         Plan(strategy="dp", workers=4, embeddings="rows"),
     ],
 )
@@ -89,6 +103,41 @@ def test_processors_exchange_as_slowly_as_they_compute(plan: Plan) -> None:
     )
     assert half == pytest.approx(whole if plan.strategy == "mp" else 2 * whole)
     assert slow == pytest.approx(4 * whole)
+
+
+@pytest.mark.parametrize("strategy", ["ps", "ps+dp"])
+def test_a_server_on_a_host_of_its_own_saves_up_what_it_is_granted(strategy: StrategyName) -> None:
+    plan = Plan(strategy=strategy, workers=3, servers=1)
+    hosts = apart(4, mbit=1e6).hosts
+
+    def step(cores: float) -> float:
+        its = replace(hosts[3], cores=cores)
+        return cost(plan, job=recommender(), cluster=Cluster(hosts=(*hosts[:3], its), described=True)).seconds
+
+    assert step(0.5) == pytest.approx(step(1.0))
+    assert step(0.01) > 2 * step(1.0)
+
+
+UPDATES = {key: line(1e-5, 5e-8) for key in profile().compute}  # a hundred times as slow as computing
+
+
+def test_a_stage_updates_its_own_part_only() -> None:
+    layers = [replace(layer, elements=0) for layer in profile().layers]
+    layers[0] = replace(layers[0], elements=2_000_000)
+    hosts = apart(2, mbit=1e6).hosts
+    slow = Cluster(hosts=(hosts[0], replace(hosts[1], cores=0.1)), described=True)
+    plan, job = Plan(strategy="mp", workers=2, microbatches=1, cuts=(7,)), profile(layers=tuple(layers), update=UPDATES)
+    assert cost(plan, job=job, cluster=slow).seconds < 1.5 * cost(plan, job=job, cluster=apart(2, mbit=1e6)).seconds
+
+
+@pytest.mark.parametrize(("consistency", "least", "most"), [("asp", 1.0, 4 / 3), ("ssp", 5.0, 10.0)])
+def test_asynchronous_updates_come_at_the_pace_of_those_who_make_them(
+    consistency: Any, least: float, most: float
+) -> None:
+    plan = Plan(strategy="ps", workers=4, servers=1, consistency=consistency)
+    alike, hosts = apart(4, mbit=1e6), apart(4, mbit=1e6).hosts
+    unlike = Cluster(hosts=(*hosts[:3], replace(hosts[3], speed=0.1)), described=True)
+    assert least < cost(plan, cluster=unlike).seconds / cost(plan, cluster=alike).seconds <= most
 
 
 def test_a_stage_that_waits_for_others_does_not_need_all_of_its_core() -> None:

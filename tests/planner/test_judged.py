@@ -50,6 +50,23 @@ def test_a_choice_is_beside_the_best_and_one_that_fails_is_as_bad_as_can_be() ->
     assert [*failed.failed] == ["ddp"]
 
 
+def test_what_was_run_again_at_the_end_decides() -> None:
+    said = {"ddp": 1.0, "zero": 2.0}
+    at_the_end = [Run(plan=key, steps=10, seconds=each, closing=True) for key, each in (("ddp", 1.0), ("zero", 1.1))]
+    regrets = case(said, [*runs(ddp=1.5, zero=1.2), *at_the_end]).regrets()
+    assert regrets["planner"] == 0.0
+    assert regrets[FSDP] == pytest.approx(0.1)
+    early = case(said | {"ps": 3.0}, [*runs(ddp=1.5, zero=1.2, ps=0.9), *at_the_end]).regrets()
+    assert early["planner"] == 0.0
+
+
+def test_errors_can_be_told_from_how_fast_cores_were() -> None:
+    found = [Run(plan="ddp", steps=10, seconds=seconds, pace=pace) for seconds, pace in ((1.5, 3e-4), (1.0, 2e-4))]
+    failed = [Run(plan="ddp", steps=10, error="killed")]
+    judged = Case({"ddp": predicted(DDP_PLAN, 1.1)}, "ddp", (), [*found, *failed], pace=2e-4)
+    assert judged.paced_errors() == [pytest.approx(0.1)]
+
+
 def test_errors_are_of_the_median_run_and_of_what_a_longer_run_sends_more() -> None:
     found = [Run(plan="ddp", steps=steps, seconds=seconds, memory=80 * MB, link=5 * MB + steps * 1_000_000)
              for steps, seconds in ((10, 1.0), (20, 1.25), (10, 9.0))]  # fmt: skip

@@ -162,7 +162,8 @@ def test_pipelines_are_carried_out_as_the_schedules_own_simulator_does(
     schedule = schedule if chunks == 2 or schedule != "interleaved" else "1f1b"
     orders = tuple(tuple(order(schedule, rank, stages, microbatches, chunks)) for rank in range(stages))
     works = tuple(Work(*seconds[3 * at : 3 * at + 3]) for at in range(stages * chunks))
-    line = Line(orders=orders, works=works, hop=hop, replicas=1, granted=(1.0,) * len(orders))
+    each = {"granted": (1.0,) * stages, "working": (0.0,) * stages}
+    line = Line(orders=orders, works=works, hop=hop, replicas=1, **each)
     (found,) = agreed.carried_out(line, agreed.moves(line), np.ones((1, 1, stages))).flatten().tolist()
     assert found == pytest.approx(carried_out(orders, works, hop).seconds)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tricorn.planner.cluster import FRAMED, Cluster, Host
 from tricorn.planner.figures import Curve, Point
-from tricorn.planner.there import LARGE, SMALL, _linked, _software, slowness, tournament
+from tricorn.planner.there import LARGE, SMALL, _link, _linked, _software, slowness, tournament
 
 from .world import links
 
@@ -37,20 +37,21 @@ def there_and_back(mbit: float | None, latency: float, slow: float) -> Curve:
 @pytest.mark.parametrize("slow", [1.0, 4.0])
 @pytest.mark.parametrize("mbit", [100.0, 1000.0])
 def test_a_link_is_told_from_the_processors_at_its_ends(mbit: float, slow: float) -> None:
-    found = _linked(host(), there_and_back(mbit, 2e-4, slow), links(), slow)
+    found = _link(there_and_back(mbit, 2e-4, slow), links(), slow)
     assert found.mbit == pytest.approx(mbit, rel=0.02)
     assert found.latency == pytest.approx(2e-4, rel=0.05)
 
 
 def test_what_only_processors_limit_has_no_limit_of_its_own() -> None:
-    assert _linked(host(), there_and_back(None, 0.0, 2.0), links(), 2.0).mbit is None
+    met = [_link(there_and_back(mbit, 1e-4, 2.0), links(), 2.0) for mbit in (None, 100.0)]
+    assert _linked(host(), met).mbit is None
 
 
-def test_of_several_partners_the_slowest_link_counts() -> None:
-    found = host()
-    for mbit in (1000.0, 100.0, 1000.0):
-        found = _linked(found, there_and_back(mbit, 0.0, 1.0), links(), 1.0)
-    assert found.mbit == pytest.approx(100.0, rel=0.02)
+def test_a_slow_link_of_one_partner_is_not_its_partners() -> None:
+    met = [_link(there_and_back(mbit, latency, 1.0), links(), 1.0) for mbit, latency in ((100.0, 2e-3), (1e3, 1e-4))]
+    found = _linked(host(), met)
+    assert found.mbit == pytest.approx(1000.0, rel=0.02)
+    assert found.latency == pytest.approx(1e-4, rel=0.05)
 
 
 def test_of_a_collective_what_links_take_is_taken_off() -> None:

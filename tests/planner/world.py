@@ -23,6 +23,7 @@ def line(fixed: float, each: float, sizes: tuple[float, ...] = SIZES, scatter: f
 def links() -> Links:
     """Of 4 cores: memory at 5 GB/s, 0.2 ms a step, and 0.1 ms for each worker."""
     curves = {"copy/1": line(1e-6, 2e-10), "update/1": line(1e-6, 1e-10)}
+    curves |= {f"coding/{how}/1": line(1e-4, 2e-9) for how in ("bf16", "fp16", "int8", "topk", "powersgd")}
     for workers in (1, 2, 4):
         fixed = 2e-4 + 1e-4 * workers
         curves[f"exchange/dp/{workers}"] = line(fixed, 2e-10 * workers)

@@ -40,6 +40,19 @@ class Raising(nn.Module):
         return self.linear(x)
 
 
+class Whole(nn.Module):
+    """Refuses parts of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x):
+        if len(x) < 10:
+            raise ValueError("part of a batch")
+        return self.linear(x)
+
+
 class RaisingBlock(nn.Module):
     calls = 0
 
@@ -78,6 +91,7 @@ class Unreadable(Items):
 
 
 raising = make(model=Raising)
+whole_batches = make(model=Whole, epochs=20_000)  # longer than a trial
 raising_block = make(model=fussy_blocks)
 diverging = make(model=lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 3)), optimizer=tricorn.optim.SGD(lr=1e30))
 misshapen = make(train=Misshapen())

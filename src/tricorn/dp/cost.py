@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from tricorn.dp.memory import resident_bytes
-from tricorn.planner.ground import CODING, ENCODED, combined
+from tricorn.planner.ground import ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, stalls_of, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
 from tricorn.planner.traffic import Traffic
@@ -91,15 +91,30 @@ def _between_hosts(plan: Plan, ground: Ground, n: float, computing: float) -> tu
     hosts, p = ground.places(plan)[0], plan.workers
     h = ground.spread(plan)
     part = n * ENCODED[plan.compress]
-    alone, scatter = ground.exchanging("dp", 1, n)
+    alone, scatter = _alone(plan, ground, n)
     software = ground.links.seconds("tcp/all_reduce", 2, part) * (1.5 if plan.zero == 3 else 1.0)
     if p > h:
         software += ground.links.seconds("shared/all_reduce", -(-p // h), n)
-    coding = CODING[plan.compress] * ground.links.seconds("copy", 1, n)
+    coding = ground.coding(plan.compress, n)
     wire = ground.wire(_meeting(plan, ground).fullest[1], sorted(set(hosts)), 2 * (h - 1))
     buckets = max(1, int(part // FIRST))
-    hidden = 0.0 if plan.local_steps > 1 else min(wire, ground.profile.backward * computing) * (1 - 1 / buckets)
+    beside = ground.profile.backward * computing * ground.together(set(hosts))
+    hidden = 0.0 if plan.local_steps > 1 else min(wire, beside) * (1 - 1 / buckets)
     return (alone + software + coding) * ground.slowest(hosts), wire - hidden, scatter
+
+
+def _alone(plan: Plan, ground: Ground, n: float) -> tuple[float, float]:
+    """Seconds of a step that a worker spends beside computing, updating and what it sends, and their scatter: with
+    ``zero`` as a step of two here has them, less what those two exchange through shared memory.
+    """
+    alone, scatter = ground.exchanging("dp", 1, n)
+    way = f"zero{plan.zero}"
+    if not plan.zero or not ground.links.counts(f"exchange/{way}"):
+        return alone, scatter
+    hooked, scatter = ground.exchanging(way, 2, n)
+    gathered = ground.profile.gathered_bytes if plan.zero == 3 else n
+    moved = ground.links.seconds("shared/reduce_scatter", 2, n) + ground.links.seconds("shared/all_gather", 2, gathered)
+    return max(alone, hooked - moved), scatter
 
 
 def traffic(plan: Plan, ground: Ground) -> Traffic:

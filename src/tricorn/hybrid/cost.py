@@ -12,10 +12,10 @@ import msgspec
 
 from tricorn.hybrid.division import divide
 from tricorn.mp.mesh import Mesh
-from tricorn.planner.ground import CODING, ENCODED
+from tricorn.planner.ground import ENCODED
 from tricorn.planner.prediction import EXCHANGE, WIRE, Prediction
 from tricorn.planner.traffic import Traffic
-from tricorn.ps.cost import ROW_ID, row_encoding, rows_traffic
+from tricorn.ps.cost import ROW_ID, SERVERS_SIDE, row_encoding, rows_traffic
 from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     """Of one step. Raises KeyError where nothing like it was measured, ValueError for what has no tables."""
     cost, on = _dense(plan, ground)
     dense: Prediction = cost.predict(plan, on)
-    rows = _Rows(plan, ground)
+    rows = _Rows(plan, ground, dense.seconds)
     terms = {term: dense.terms.get(term, 0.0) + rows.terms.get(term, 0.0) for term in dense.terms | rows.terms}
     sending: Traffic = cost.traffic(plan, on)
     sending.add(_traffic(plan, ground))
@@ -47,7 +47,7 @@ def parts(plan: Plan, ground: Ground) -> Parts:
     """What a step consists of: the dense part's, and then the rows'. Raises as ``predict``."""
     cost, on = _dense(plan, ground)
     dense: Parts = cost.parts(plan, on)
-    rows = _Rows(plan, ground).terms
+    rows = _Rows(plan, ground, cost.predict(plan, on).seconds).terms
     after = {term: dense.after.get(term, 0.0) + rows.get(term, 0.0) for term in dense.after | rows}
     return msgspec.structs.replace(dense, after=after)
 
@@ -62,10 +62,11 @@ def _dense(plan: Plan, ground: Ground) -> tuple[ModuleType, Ground]:
 class _Rows:
     """What rows add to a step: ``bytes`` of all that are read, and ``terms``.
 
-    ``passing``: bytes of rows and of their gradients as they travel, on average of both ways.
+    ``passing``: bytes of rows and of their gradients as they travel, on average of both ways. ``beside``: seconds of
+    the dense part's step.
     """
 
-    def __init__(self, plan: Plan, ground: Ground) -> None:
+    def __init__(self, plan: Plan, ground: Ground, beside: float) -> None:
         profile = ground.profile
         self._plan, self._ground = plan, ground
         self._readers, servers = _readers(plan, ground), ground.places(plan)[1]
@@ -76,13 +77,14 @@ class _Rows:
         hows = [row_encoding(plan, table.name) for table in profile.tables]
         sizes = [each * profile.element_bytes for each in read]  # of one reader
         pushed = m * sum(ENCODED[how] * size for how, size in zip(hows, sizes, strict=True))
-        coding = sum(CODING[how] * ground.links.seconds("copy", 1, n) for how, n in zip(hows, sizes, strict=True))
+        coding = sum(map(ground.coding, hows, sizes)) / 2  # rows come as they are
         self.passing = (self.bytes + pushed) / 2
         if plan.served:
             self._held = [1 / plan.servers] * plan.servers
         else:
             whole = sum(read) or 1.0
             self._held = [sum(part) / whole for part in zip(*_parts_of(read, plan, ground, m), strict=True)]
+        self._beside = beside
         exchange = self._exchanging()
         if plan.sparse_consistency in ("ssp", "asp"):  # read while the step before is computed
             exchange /= 2
@@ -95,8 +97,12 @@ class _Rows:
             return self._seconds("spread", m, self.bytes * (1 + m * max(self._held)) / 2) * slow
         together = self._seconds("served", m, self.bytes)
         alone = min(together, self._seconds("served", 1, self.bytes / m))
-        apart = len(ground.cluster.hosts) > 1  # what others add is that the servers have more to do
-        return alone * slow + (together - alone) * (ground.slowest(self._holders) if apart else slow)
+        if len(ground.cluster.hosts) == 1:
+            return together * slow
+        # What others add is that the servers have more to do.
+        awake = ground.awake(self._holders, ground.places(self._plan)[0])
+        answering = together * SERVERS_SIDE / self._plan.servers * ground.slowest(self._holders)
+        return max(alone * slow + (together - alone) * awake, answering - self._beside)
 
     def _seconds(self, way: str, m: int, n: float) -> float:
         """Of this machine, for m workers; what they exchange besides rows is the dense part's."""

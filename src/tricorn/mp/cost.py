@@ -50,8 +50,7 @@ def predict(plan: Plan, ground: Ground) -> Prediction:
     busiest = max(workers) * M
     inside = mesh.exchanged * M  # of the busiest stage: what actions are besides arithmetic
     hops = min(max(0.0, simulated.seconds - busiest), 2 * (mesh.p * v - 1) * line.hop)
-    working = found.after[UPDATE] + found.after[EXCHANGE]
-    seconds = max(simulated.seconds, line.least([M * busy for busy in workers], working))
+    seconds = max(simulated.seconds, line.least([M * busy for busy in workers]))
     idle = max(0.0, seconds - busiest - hops)
     lines = [seconds * M for seconds in workers] * plan.replicas
     idle += waiting(lines, ground.jitter(found.scatter), _stalls(mesh)) - (busiest - sum(lines) / len(lines))
@@ -119,14 +118,18 @@ class _Mesh:
     def parts(self) -> Parts:
         """What a step consists of."""
         ground, plan = self.ground, self.plan
-        largest = max(self._of_worker(rank) for rank in range(self.p))
-        summed, wire = self._copies(largest)
-        spread = self.R if plan.zero else 1
-        update = max(ground.updating(plan, largest / spread, at) * self._granted(at) for at in ground.hosts(plan))
+        summed, wire = self._copies()
+        update = max(map(self._update, range(self.p)))
         after = {UPDATE: update, EXCHANGE: self.per_step + summed, WIRE: wire}
         loading = ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
         _, scatter = ground.on(self.hosts[0], plan, self.microbatch)
         return Parts(computing=(), scatter=scatter, loading=loading, after=after, line=self.line)
+
+    def _update(self, stage: int) -> float:
+        """Seconds in which the slowest worker of a stage updates its part."""
+        part = self._of_worker(stage) / (self.R if self.plan.zero else 1)
+        hosts = {self.hosts[rank] for rank in self._ranks(stage)}
+        return max(self.ground.updating(self.plan, part, host) * self._granted(host) for host in hosts)
 
     def traffic(self) -> Traffic:
         """What workers send each other in a step."""
@@ -261,9 +264,11 @@ class _Mesh:
         self.orders = [order(schedule, rank, self.p, self.count, self.v) for rank in range(self.p)]
         together = [self._together(stage) for stage in self.stages]
         orders = tuple(tuple(gathered(actions, together[rank :: self.p])) for rank, actions in enumerate(self.orders))
-        hop = self._hop(max(self.handed, default=0.0)) if self.p > 1 else 0.0
+        hop = self._hop(sum(self.handed) / len(self.handed)) if self.p > 1 else 0.0
         granted = tuple(self._quota(stage) for stage in range(self.p))
-        return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R, granted=granted)
+        meeting = self.per_step + self._copies()[0]
+        working = tuple(self._update(stage) + meeting for stage in range(self.p))
+        return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R, granted=granted, working=working)
 
     def _together(self, stage: Stage) -> int:
         """For how many microbatches at a time a stage computes most of its weight gradients.
@@ -290,8 +295,7 @@ class _Mesh:
 
         While it waits for others it saves that up, so that a stage computes at full speed and then stands still.
         """
-        alone = self.p > 1 and self.there[host] == 1 and self.ground.cluster.described
-        return min(1.0, self.ground.cluster.hosts[host].cores) if alone else 1.0
+        return self.ground.granted(host) if self.p > 1 and self.there[host] == 1 else 1.0
 
     def _slow_in(self, stage: int) -> float:
         """How many times as long exchanging takes processors on the slowest host of this stage."""
@@ -349,10 +353,11 @@ class _Mesh:
         """Bytes of the parameters that a worker of this stage has."""
         return sum(stage.bytes for stage in self.stages[rank :: self.p])
 
-    def _copies(self, n: float) -> tuple[float, float]:
-        """Seconds that replicas sum gradients for, and seconds of that on the links."""
+    def _copies(self) -> tuple[float, float]:
+        """Seconds that replicas of the largest stage sum gradients for, and seconds of that on the links."""
         if self.R == 1:
             return 0.0, 0.0
+        n = max(self._of_worker(rank) for rank in range(self.p))
         if not any(self._apart(self.mesh.copies(rank)) for rank in range(self.p * self.t)):
             return self.ground.exchanging("dp", self.R, n)[0] * max(self.slow), 0.0
         there = max(Counter(self.hosts).values())  # workers that share a link

@@ -28,10 +28,11 @@ BESIDES = (UPDATE, EXCHANGE, WIRE)  # all that a run can tell from computing and
 
 
 class Factor(msgspec.Struct, frozen=True):
-    """So many ``times`` what was predicted, seen in so many ``steps``."""
+    """So many ``times`` what was predicted, and seconds ``beyond`` it, seen in so many ``steps``."""
 
     times: float
     steps: float
+    beyond: float = 0.0
 
 
 Seen = dict[str, Factor]
@@ -52,17 +53,17 @@ def learned(seen: Mapping[str, Factor], runs: Sequence[Run], ground: Ground) -> 
     """What is known after the runs: of their terms first, and then of what is left of their steps."""
     found = dict(seen)
     for run in runs:
-        for key, times in _told(run, ground).items():
-            found[key] = _mixed(found.get(key, Factor(1.0, DOUBT)), times, run.steps)
+        for key, (seconds, expected) in _told(run, ground).items():
+            found[key] = _mixed(found.get(key, Factor(1.0, DOUBT)), seconds, expected, run.steps)
     for plain, measured, steps in runs:
         own, believed = _own(plain.plan), sum(_terms(plain, found, ground).values())
         if "step" in measured and believed > 0:
-            found[own] = _mixed(found.get(own, Factor(1.0, LEFT)), measured["step"] / believed, steps)
+            found[own] = _mixed(found.get(own, Factor(1.0, LEFT)), measured["step"], believed, steps)
     return found
 
 
-def _told(run: Run, ground: Ground) -> dict[str, float]:
-    """How many times what was expected each term took, under its key."""
+def _told(run: Run, ground: Ground) -> dict[str, tuple[float, float]]:
+    """Seconds that each term took, and those that were expected, under its key."""
     plain, measured, _ = run
     keys = _keys(plain.plan, ground)
     besides = measured.get("exchange", 0.0) + measured.get("waiting", 0.0)
@@ -77,18 +78,19 @@ def _told(run: Run, ground: Ground) -> dict[str, float]:
     elif expected[COMPUTE] > 0:  # who waits for the slowest waits for computing
         told[EXCHANGE] = max(besides - idle * computing / expected[COMPUTE], besides / 4)
     return {
-        keys[term]: seconds / expected[term]
+        keys[term]: (seconds, expected[term])
         for term, seconds in told.items()
         if seconds is not None and expected[term] > 0
     }
 
 
-def _mixed(old: Factor, times: float, steps: float) -> Factor:
-    """What was known, with what so many steps say: the mean by steps."""
-    times = min(max(times, 1 / FURTHEST), FURTHEST)
+def _mixed(old: Factor, seconds: float, expected: float, steps: float) -> Factor:
+    """What was known, with what so many steps say: the means by steps."""
+    times = min(max(seconds / expected, 1 / FURTHEST), FURTHEST)
     before = min(old.steps, MEMORY)
     mean = (before * log(old.times) + steps * log(times)) / (before + steps)
-    return Factor(exp(mean), before + steps)
+    beyond = (before * old.beyond + steps * (times - 1) * expected) / (before + steps)
+    return Factor(exp(mean), before + steps, beyond)
 
 
 def corrected(prediction: Prediction, ground: Ground) -> Prediction:
@@ -108,12 +110,21 @@ def uncut(plan: Plan) -> Plan:
 
 def _terms(prediction: Prediction, seen: Mapping[str, Factor], ground: Ground) -> dict[str, float]:
     """Its terms, by what is known of computing, batches and exchanging."""
-    times = {term: _times(seen, key) for term, key in _keys(prediction.plan, ground).items()}
+    keys = _keys(prediction.plan, ground)
+    times = {term: _times(seen, key) for term, key in keys.items()}
     by_term = {COMPUTE: times[COMPUTE], IDLE: times[COMPUTE], DATA: times[DATA]} | dict.fromkeys(BESIDES, 1.0)
     if not _foreign(ground):
         by_term |= dict.fromkeys(BESIDES, times[EXCHANGE])
-        if _inseparable(prediction.plan) and any(key.startswith("exchange/mesh/") for key in seen):
-            by_term |= dict.fromkeys((COMPUTE, IDLE), times[EXCHANGE])
+        inseparable = [COMPUTE, IDLE] if _inseparable(prediction.plan) else []
+        if any(key.startswith(_kind(keys[EXCHANGE])) for key in seen):
+            by_term |= dict.fromkeys(inseparable, times[EXCHANGE])
+        else:
+            # Another way of exchanging has only in common with this what processors do, of which some is in every step.
+            common = _mean(seen, "compute/")
+            working = [EXCHANGE, UPDATE, *(inseparable if common is None else [])]
+            own = sum(prediction.terms.get(term, 0.0) for term in working)
+            most = max(1.0, 1 + _beyond(seen, _family(keys[EXCHANGE])) / own if own else 1.0, common or 1.0)
+            by_term |= dict.fromkeys(working, min(times[EXCHANGE], most)) | {WIRE: 1.0}
     return {term: seconds * by_term[term] for term, seconds in prediction.terms.items()}
 
 
@@ -147,6 +158,16 @@ def _inseparable(plan: Plan) -> bool:
     return plan.dense == "mp"
 
 
+def _kind(key: str) -> str:
+    """What keys of the same kind begin with."""
+    return key.rpartition("/")[0] + "/"
+
+
+def _family(key: str) -> str:
+    """What keys of the same family of kinds begin with."""
+    return _kind(_kind(key)[:-1])
+
+
 def _times(seen: Mapping[str, Factor], key: str) -> float:
     """The factor of that key, or else the mean of its kind.
 
@@ -155,14 +176,19 @@ def _times(seen: Mapping[str, Factor], key: str) -> float:
     """
     if key in seen:
         return seen[key].times
-    kind = key.rpartition("/")[0]
-    if (mean := _mean(seen, kind + "/")) is not None or not key.startswith("exchange/"):
+    if (mean := _mean(seen, _kind(key))) is not None or not key.startswith("exchange/"):
         return mean or 1.0
-    family = kind.rpartition("/")[0] + "/"
-    if len({other.rpartition("/")[0] for other in seen if other.startswith(family)}) > 1:
+    family = _family(key)
+    if len({_kind(other) for other in seen if other.startswith(family)}) > 1:
         return _mean(seen, family) or 1.0
     both = [_mean(seen, part) or 1.0 for part in ("compute/", "exchange/")]
     return min(both) if min(both) > 1 else max(both) if max(both) < 1 else 1.0
+
+
+def _beyond(seen: Mapping[str, Factor], kind: str) -> float:
+    """Seconds by which what is of a kind took longer than was predicted, on average by steps."""
+    alike = [factor for key, factor in seen.items() if key.startswith(kind)]
+    return sum(each.steps * each.beyond for each in alike) / (sum(each.steps for each in alike) or 1.0)
 
 
 def _mean(seen: Mapping[str, Factor], kind: str) -> float | None:

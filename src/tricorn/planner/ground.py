@@ -6,7 +6,9 @@ Legend: p workers, n bytes of something, b samples.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from tricorn.plan import Plan
@@ -20,8 +22,6 @@ from tricorn.state import cores
 AHEAD = 1e-3  # seconds: batches that take longer to make are made beside computing (worker/batches.py)
 # Of a gradient's bytes, those that travel: what the encodings say of themselves; PowerSGD's rank 4 of square matrices.
 ENCODED = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "int8": (1 + 4 / 256) / 4, "topk": 0.02, "powersgd": 0.05}
-# Copies of the gradient that encoding and decoding come to.
-CODING = {"none": 0.0, "bf16": 3.0, "fp16": 3.0, "int8": 6.0, "topk": 12.0, "powersgd": 12.0}
 SLOW_LINK = 5e9 / 8  # bytes a second
 MODEL_SCATTER = 0.05  # what measuring again an hour later moves, beside the scatter within a measurement
 
@@ -144,10 +144,37 @@ class Ground:
         """The same of the slowest of processes on these hosts, each named as often as it has any."""
         return max(self.slowness(host, there) for host, there in Counter(hosts).items())
 
+    def together(self, hosts: Collection[int]) -> float:
+        """The share of the time in which one of these hosts computes that all others may, too.
+
+        One that is granted less than a core stands still for the rest, and not when others do.
+        """
+        granted = [*map(self.granted, hosts)]
+        return prod(granted) / min(granted)
+
+    def granted(self, host: int) -> float:
+        """The share of the time for which one process of that host may compute."""
+        return min(1.0, self.cluster.hosts[host].cores) if self.cluster.described else 1.0
+
+    def awake(self, servers: list[int], workers: list[int]) -> float:
+        """How many times as long as here the slowest of servers on these hosts takes, once workers have computed.
+
+        One that shares its host with no worker has saved up what the host is granted.
+        """
+        computing = set(workers)
+        return max(
+            self.slowness(host, count) * (1.0 if host in computing else self.granted(host))
+            for host, count in Counter(servers).items()
+        )
+
     def updating(self, plan: Plan, n: float, host: int = 0) -> float:
         """Seconds to update n bytes of parameters in a worker on that host."""
         there = self._place(plan).working[host]
         return self.profile.updating(there, self.threads(plan, host), n) * self.slowness(host, there)
+
+    def coding(self, how: str, n: float) -> float:
+        """Seconds to encode and decode n bytes of a gradient that workers sum."""
+        return self.links.seconds(f"coding/{how}", 1, n) if how != "none" and n else 0.0
 
     def plain_updating(self, n: float) -> float:
         """The part of every measured exchange that is the update by plain SGD."""

@@ -2,8 +2,8 @@
 
 Curves are named ``exchange/WAY/W`` (a whole step of W workers without its computing, by bytes of parameters),
 ``shared/OPERATION/P`` and ``tcp/OPERATION/P`` (one collective of P ranks, through the memory of one host or over
-connections), ``update/1`` and ``copy/1``. WAY is that of a plan: ``dp``, ``zero1`` to ``zero3``, ``ps``, ``asp``,
-``mp`` (by microbatches instead).
+connections), ``coding/HOW/1`` (encoding a gradient for a sum), ``update/1`` and ``copy/1``. WAY is that of a plan:
+``dp``, ``zero1`` to ``zero3``, ``ps``, ``asp``, ``mp`` (by microbatches instead).
 """
 
 from __future__ import annotations

@@ -33,10 +33,12 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     hop: float  # seconds from a stage to the next
     replicas: int
     granted: tuple[float, ...]  # by stage, the share of a step for which its workers may compute
+    working: tuple[float, ...]  # by stage, seconds for which its processors work after the last microbatch
 
-    def least(self, busy: Sequence[float], after: float) -> float:
-        """Seconds before what comes ``after`` them, of a step in which stages are busy for so long."""
-        return max((seconds + after) / share - after for seconds, share in zip(busy, self.granted, strict=True))
+    def least(self, busy: Sequence[float]) -> float:
+        """Seconds, less what comes after the last microbatch, of a step in which stages are busy for so long."""
+        stages = zip(busy, self.working, self.granted, strict=True)
+        return max((seconds + after) / share for seconds, after, share in stages) - max(self.working)
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +48,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     own: float  # of the worker's link
     latency: float
     remote: int  # workers on other hosts
-    busy: float  # of its processor for one update, of asynchronous workers
+    busy: float  # of its processor for one update, or one step of all
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
 
-FORMAT = 7  # of what is kept; what another one wrote is not read
+FORMAT = 8  # of what is kept; what another one wrote is not read
 
 T = TypeVar("T")
 

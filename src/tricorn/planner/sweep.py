@@ -22,6 +22,7 @@ from tricorn.errors import UserCodeError
 from tricorn.job import Job
 from tricorn.plan import Plan
 from tricorn.planner.beside import beside
+from tricorn.planner.coding import coding
 from tricorn.planner.crew import Line, crew, gather, tell
 from tricorn.planner.figures import Curve, Figure, Point
 from tricorn.planner.links import Links
@@ -71,6 +72,8 @@ _ZEROS: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 def sweep(cores: int, told: Callable[[str], None]) -> Links:
     """Everything; ``told`` hears what is being measured. The process must have no threads but this one."""
+    with crew([_warmed]) as (line,):  # what has to be compiled is by a process that ends, and takes its memory along
+        line.hear()
     before = _of_a_fork()
     warm()
     imported = _of_a_fork() - before
@@ -96,8 +99,14 @@ def sweep(cores: int, told: Callable[[str], None]) -> Links:
             swept = measured(f"collectives of {ranks}, {way}", partial(collectives, ranks, apart=way == "tcp"))
             curves |= {f"{way}/{operation}/{ranks}": curve for operation, curve in swept.items()}
     curves |= measured("copies and updates", _copies)
+    curves |= measured("encodings", _codings)
     both = measured("computing beside exchanging", beside)
     return Links(cores=cores, curves=curves, overhead=overhead, beside=both, busy=quiet.busy)
+
+
+def _warmed(line: Line) -> None:
+    warm()
+    line.say("warm")
 
 
 def _rehearsed(jobs: Sequence[Job], plan: Plan, steps: Sequence[int]) -> list[Found]:
@@ -226,6 +235,16 @@ def _timed(group: Group, work: Callable[[], None]) -> Figure:
 def _copies() -> dict[str, Curve]:
     with crew([_alone]) as (line,):
         return {name: Curve(tuple(Point(*point) for point in points)) for name, points in line.hear().items()}
+
+
+def _codings() -> dict[str, Curve]:
+    with crew([_encoding]) as (line,):
+        return {f"coding/{how}/1": Curve(tuple(Point(*point) for point in points)) for how, points in line.hear()}
+
+
+def _encoding(line: Line) -> None:
+    torch.set_num_threads(1)
+    line.say([*coding()])
 
 
 def _alone(line: Line) -> None:

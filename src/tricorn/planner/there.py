@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from statistics import median_high, median_low
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 SMALL, LARGE = 1 << 10, 1 << 20  # bytes of messages
 SOFTWARE = 1.5  # times what sending a byte takes processors alone: a link that takes no more has no limit of its own
 MEASURED_SAMPLES = 4  # a batch's part that a host computes with
+
+
+class Link(NamedTuple):
+    """``mbit`` is infinite where only processors limit it."""
+
+    mbit: float
+    latency: float
 
 
 def measured(
@@ -55,13 +63,15 @@ def measured(
         hosts = [_host(place, each, room, expected) for place, each in zip(places, found, strict=True)]
         if len(there) == 1:
             return Cluster(hosts=tuple(hosts), described=True, present=True), links
+        met: list[list[Link]] = [[] for _ in hosts]
         for pairs in tournament(len(there)):
             told("exchanging between " + ", ".join(f"{hosts[a].name} and {hosts[b].name}" for a, b in pairs))
             groups = [[(there[rank], places[rank]) for rank in pair] for pair in pairs]
             for pair, curves in zip(pairs, _exchange(groups, [SMALL, LARGE], "send"), strict=True):
-                slow = max(slowness(hosts[rank]) for rank in pair)
+                link = _link(curves["send"], links, max(slowness(hosts[rank]) for rank in pair))
                 for rank in pair:
-                    hosts[rank] = _linked(hosts[rank], curves["send"], links, slow)
+                    met[rank].append(link)
+        hosts = [*map(_linked, hosts, met)]
         told("exchanging between all")
         (group,) = _exchange([[*zip(there, places, strict=True)]], [SMALL, LARGE], None)
     cluster = Cluster(hosts=tuple(hosts), described=True, present=True)
@@ -92,14 +102,19 @@ def _host(place: Place, found: orders.HostMeasured, room: float, expected: float
     return Host(name=place.address, cores=available, memory=found.memory, speed=speed)
 
 
-def _linked(host: Host, there_and_back: Curve, links: Links, slow: float) -> Host:
-    """The host, with a link that is no better than such messages say; processors take so many times as long as here."""
+def _link(there_and_back: Curve, links: Links, slow: float) -> Link:
+    """Of two hosts, by such messages between them; their processors take so many times as long as here."""
     small, here = there_and_back.points[0], links.curve("tcp/send", 2)
     each, software = _slope(there_and_back) / 2, slow * _slope(here) / 2
     wire = each - software if each > SOFTWARE * software else 0.0
-    latency = max(host.latency, (small.seconds - slow * here.at(small.x)) / 2 - small.x * wire)
-    mbit = min(8e-6 * FRAMED / wire, host.mbit or math.inf) if wire else host.mbit
-    return msgspec.structs.replace(host, latency=latency, mbit=mbit)
+    latency = max(0.0, (small.seconds - slow * here.at(small.x)) / 2 - small.x * wire)
+    return Link(8e-6 * FRAMED / wire if wire else math.inf, latency)
+
+
+def _linked(host: Host, met: Sequence[Link]) -> Host:
+    """The host, with the link that it has with most partners: with a slower one it is theirs that is slow."""
+    mbit, latency = median_high(link.mbit for link in met), median_low(link.latency for link in met)
+    return msgspec.structs.replace(host, latency=latency, mbit=mbit if mbit < math.inf else None)
 
 
 def _slope(curve: Curve) -> float:

@@ -23,7 +23,7 @@ FEWEST_STEPS = 3
 IN_VAIN = 2  # trials without enough steps, after which there are no more: the job has too few, or they take too long
 RIVAL = 1.25  # times the best: predictions of what was not tried may be as far off
 CLOSE = 1.15  # times the best: what two trials of one plan may differ by
-ROUNDS = 3  # trials of each of those that are so close
+ROUNDS = 3  # trials of the best and of each of those that are so close
 
 
 class Tried(NamedTuple):
@@ -75,8 +75,9 @@ def try_out(
 
 
 def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Prediction | None:
-    """What to try now: the chosen plan; then the best that come near it; then a second time those between which a trial
-    may be wrong; then the best of each way to exchange; and a third time those that are close.
+    """What to try now: the chosen plan; then the best that come near it; then a second time the chosen one, which may
+    only have been lucky, and those between which a trial may be wrong; then the best of each way to exchange; and a
+    third time those that are close.
     """
     chosen = planning.chosen
     if chosen is None or chosen.plan not in tried:
@@ -86,7 +87,7 @@ def _next(planning: Planning, tried: Sequence[Plan], *, approximate: bool) -> Pr
         return left[0]
     close = [each for each in planning.ranked if each.plan in tried and each.score <= CLOSE * chosen.score]
     least = min(close, key=lambda each: tried.count(each.plan))
-    times = tried.count(least.plan) if len(close) > 1 else ROUNDS
+    times = tried.count(least.plan) if len(planning.ranked) > 1 else ROUNDS
     ways = {way(plan) for plan in tried}
     other = next((each for each in left if way(each.plan) not in ways), None)
     if times > 1 and other is not None:

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from tricorn.plan import RowCompression
-from tricorn.planner.ground import CODING, ENCODED, combined
+from tricorn.planner.ground import ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, Served, stalls_of, stretched, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
 from tricorn.planner.traffic import Traffic
@@ -32,6 +32,7 @@ STALE = {"SGD": 0.02, "momentum": 0.5, "Adagrad": 0.2, "RowwiseAdagrad": 0.2, "F
 STALE_ROWS = 0.05  # of a model that is mostly tables, whose workers seldom update the same rows
 SLOT_BYTES = 16  # of a row in a table's index
 ROW_ID = 8
+SERVERS_SIDE = 0.5  # of an exchange on one machine: of 1.1 and 7.2 ms a worker's processor works 0.5 and 3.2
 KEPT = 8  # lists of ids that a connection remembers, so that they are told once in a step (ps/blocks.py)
 
 
@@ -113,21 +114,28 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     taken, scatter = ground.computing(plan, amounts.samples, served=True)
     workers, servers = ground.places(plan)
     apart = len(ground.cluster.hosts) > 1
-    slow, slow_servers = ground.slowest(workers), ground.slowest(servers if apart else workers)
     alone, _ = _exchange(way, plan, ground, 1, amounts)
     together, moved = _exchange(way, plan, ground, m, amounts)
-    update = _update(plan, ground, amounts.dense)
-    busy = together * slow_servers + update
+    updating = ground.profile.updating(1, 1, amounts.dense / plan.servers)  # each its part, with one thread
+    answering, update = together * ground.slowest(workers), updating * ground.slowest(servers)
+    if apart:  # workers do their side of it elsewhere
+        answering = together * SERVERS_SIDE / plan.servers * ground.slowest(servers)
+    busy = answering + update
     crowded = not apart and m + plan.servers > ground.cluster.cores
     if not plan.synchronous and crowded:  # servers take from workers what they need
         cores = min(m, ground.cluster.cores)
-        busy = together * slow_servers + (update + sum(taken) / m) / cores
+        busy = answering + (update + sum(taken) / m) / cores
     served = _served(plan, ground, amounts.passing, busy)
-    exchange = alone * slow
+    loading, wire = ground.loading(amounts.samples, max(taken)), _wire(served, m if plan.synchronous else 1)
     if plan.synchronous:  # what others add is that the servers have more to do
-        exchange = min(alone, together) * slow + max(0.0, together - alone) * slow_servers
-    after = {UPDATE: update, EXCHANGE: exchange, WIRE: _wire(served, m if plan.synchronous else 1)}
-    loading = ground.loading(amounts.samples, max(taken))
+        awake, update = ground.awake(servers if apart else workers, workers), updating * ground.awake(servers, workers)
+        exchange = min(alone, together) * ground.slowest(workers) + max(0.0, together - alone) * awake
+        exchange += max(0.0, busy - (loading + max(taken) + update + exchange + wire))
+    elif plan.consistency == "ssp":
+        exchange = alone * ground.slowest(workers)
+    else:  # the fast ones make most updates
+        exchange = alone * m / sum(count / ground.slowness(host, count) for host, count in Counter(workers).items())
+    after = {UPDATE: update, EXCHANGE: exchange, WIRE: wire}
     return Parts(computing=tuple(taken), scatter=scatter, loading=loading, after=after, served=served), moved
 
 
@@ -169,6 +177,8 @@ def _clocked(plan: Plan, ground: Ground, found: Parts) -> dict[str, float]:
     mean = sum(computing) / m
     terms = {COMPUTE: mean, DATA: found.loading, **found.after}
     terms = {term: seconds / m for term, seconds in terms.items()}
+    share = min(1.0, pace / sum(terms.values()))  # of unlike workers the fast ones make most updates
+    terms = {term: seconds * share for term, seconds in terms.items()}
     slack = pace - sum(terms.values())
     held_by = WIRE if pace == link else EXCHANGE if pace == served.busy else IDLE
     return {IDLE: 0.0, **terms, held_by: terms.get(held_by, 0.0) + max(0.0, slack)}
@@ -197,6 +207,10 @@ def _exchange(way: str, plan: Plan, ground: Ground, m: int, amounts: Amounts) ->
     if row_bytes:
         least = links.curve(f"exchange/{way}", m).points[0].seconds
         seconds, scattered = ground.reading(way, m, row_bytes)
+        if plan.servers > 1:
+            own, mine = ground.reading(way, 1, amounts.rows)[0], amounts.rows / plan.servers
+            many = ground.reading(way, m, row_bytes / plan.servers)[0] - ground.reading(way, 1, mine)[0]
+            seconds = min(seconds, own + max(0.0, many))
         rows = max(0.0, seconds - least)
         rows += least if plan.local_steps > 1 else 0.0  # which are alone in most steps
         # Those that may be older are read while the step before is computed.
@@ -204,15 +218,8 @@ def _exchange(way: str, plan: Plan, ground: Ground, m: int, amounts: Amounts) ->
         scatter = max(scatter, scattered)
     if len(ground.cluster.hosts) > 1:  # over connections, and not through shared memory
         dense += links.seconds("tcp/send", 2, n + row_bytes) - links.seconds("shared/send", 2, n + row_bytes)
-    coding = sum(CODING[how] * links.seconds("copy", 1, each) for how, each in amounts.gradients)
+    coding = sum(ground.coding(how, each) for how, each in amounts.gradients) / 2  # weights come as they are
     return max(dense, 1e-6) + coding, scatter
-
-
-def _update(plan: Plan, ground: Ground, n: float) -> float:
-    """Seconds in which the servers update their parts, one thread each."""
-    each = ground.profile.updating(1, 1, n / plan.servers)
-    there = Counter(ground.places(plan)[1])
-    return max(each * ground.slowness(host, count) for host, count in there.items())
 
 
 def _served(plan: Plan, ground: Ground, size: float, busy: float) -> Served:

@@ -19,6 +19,7 @@ _WORDS = {
     "exchange": "a step of {} without its computing",
     "shared": "{} in shared memory",
     "tcp": "{} over connections",
+    "coding": "a sum among two encoded as {}, without sending",
     "copy": "copying",
     "update": "updating by plain SGD",
 }

@@ -13,7 +13,7 @@ import numpy as np
 from tricorn.mp.schedule import Action, Parcel, needed, target
 from tricorn.plan import Plan
 from tricorn.planner.parts import Line, Parts, Served
-from tricorn.planner.prediction import EXCHANGE, UPDATE, WIRE
+from tricorn.planner.prediction import WIRE
 from tricorn.planner.simulation.noise import Floats, Noise
 from tricorn.planner.simulation.trace import Trace
 from tricorn.ps.consistency import Bsp, Verdict
@@ -24,8 +24,7 @@ def run(plan: Plan, parts: Parts, noise: Noise, steps: int) -> Trace:
     steps = -(-steps // parts.meeting) * parts.meeting
     after = parts.loading + sum(parts.after.values())
     if parts.line is not None:
-        working = parts.after.get(UPDATE, 0.0) + parts.after.get(EXCHANGE, 0.0)
-        return _piped(plan, parts.line, noise, steps, after, working)
+        return _piped(plan, parts.line, noise, steps, after)
     if parts.served is not None:
         return _served(plan, parts, parts.served, noise, steps)
     return _shared(parts, noise, steps, after)
@@ -45,11 +44,11 @@ def _shared(parts: Parts, noise: Noise, steps: int, after: float) -> Trace:
     return Trace(found, {"worker": 1 - busy / whole}, {})
 
 
-def _piped(plan: Plan, line: Line, noise: Noise, steps: int, after: float, working: float) -> Trace:
-    """Pipelines: each replica's line by its orders, all of them and all steps at once. ``working``: of ``after``."""
+def _piped(plan: Plan, line: Line, noise: Noise, steps: int, after: float) -> Trace:
+    """Pipelines: each replica's line by its orders, all of them and all steps at once."""
     p, found, busy, whole = len(line.orders), list[float](), 0.0, 0.0
     works = [_microbatches(line) * sum(map(sum, line.works[rank::p])) for rank in range(p)]
-    work, least = sum(works) / p, line.least(works, working)
+    work, least = sum(works) / p, line.least(works)
     all_moves = moves(line)
     for factors_Km in noise.blocks(steps):
         # Shards of a layer wait for the slowest of them.
