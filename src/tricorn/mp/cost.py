@@ -106,6 +106,8 @@ class _Mesh:
         self.per_action, per_step = _overheads(ground, max(2, self.p))
         self.per_step = per_step * max(self.slow)
         self.exchanged = 0.0
+        self.summed, self.sent = self._copies()  # seconds of processors, and of links
+        self.updates = [self._update(stage) for stage in range(self.p)]
         self.line = self._line()
 
     def cut(self) -> Plan:
@@ -117,12 +119,9 @@ class _Mesh:
 
     def parts(self) -> Parts:
         """What a step consists of."""
-        ground, plan = self.ground, self.plan
-        summed, wire = self._copies()
-        update = max(map(self._update, range(self.p)))
-        after = {UPDATE: update, EXCHANGE: self.per_step + summed, WIRE: wire}
-        loading = ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
-        _, scatter = ground.on(self.hosts[0], plan, self.microbatch)
+        after = {UPDATE: max(self.updates), EXCHANGE: self.per_step + self.summed, WIRE: self.sent}
+        loading = self.ground.loading(self.samples, max(sum(work) for work in self.line.works) * self.count)
+        _, scatter = self.ground.on(self.hosts[0], self.plan, self.microbatch)
         return Parts(computing=(), scatter=scatter, loading=loading, after=after, line=self.line)
 
     def _update(self, stage: int) -> float:
@@ -266,8 +265,7 @@ class _Mesh:
         orders = tuple(tuple(gathered(actions, together[rank :: self.p])) for rank, actions in enumerate(self.orders))
         hop = self._hop(sum(self.handed) / len(self.handed)) if self.p > 1 else 0.0
         granted = tuple(self._quota(stage) for stage in range(self.p))
-        meeting = self.per_step + self._copies()[0]
-        working = tuple(self._update(stage) + meeting for stage in range(self.p))
+        working = tuple(update + self.per_step + self.summed for update in self.updates)
         return Line(orders=orders, works=tuple(works), hop=hop, replicas=self.R, granted=granted, working=working)
 
     def _together(self, stage: Stage) -> int:
