@@ -44,6 +44,8 @@ def test_a_good_plan_has_no_mistakes_and_survives_the_wire(plan: Plan) -> None:
             ["microbatches is 2, which only --strategy dp or mp has; leave it out"],
         ),
         ({"strategy": "dp", "threads": 0}, ["threads is 0; give at least 1"]),
+        ({"strategy": "dp", "hosts": (1, 1)}, ["hosts are (1, 1); give different numbers, from 0"]),
+        ({"strategy": "dp", "hosts": ()}, ["hosts are (); give different numbers, from 0"]),
         (
             {"strategy": "ps", "servers": 1, "staleness": 5},
             ["staleness is 5, which only ssp and --stale drop look at; leave it out"],

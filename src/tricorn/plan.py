@@ -48,6 +48,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     of a parameter server, make that many updates by itself before they meet, by plain ``average`` or by an ``outer``
     step with Nesterov's momentum (DiLoCo); rows of tables are updated in every step.
     ``threads`` is the number of compute threads of each worker; ``None`` divides the machine's cores among them.
+    ``hosts`` are those, counted from 0, on which workers are placed one after another, and then servers, round and
+    round; ``None`` is all of them as they are given.
 
     Raises PlanError for fields that there are not. Whether values go together is for ``mistakes`` to say.
     """
@@ -75,6 +77,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     local_steps: int = 1
     outer: Literal["average", "nesterov"] = "nesterov"
     threads: int | None = None
+    hosts: tuple[int, ...] | None = None
 
     def __hash__(self) -> int:
         return hash(msgspec.json.encode(self, order="sorted"))  # that of a struct cannot have a dictionary
@@ -125,6 +128,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             for field, having in _ONLY.items()
             if self.dense not in having and self.strategy not in having and getattr(self, field) != _default(field)
         ]
+        if self.hosts is not None and (not self.hosts or min(self.hosts) < 0 or len({*self.hosts}) < len(self.hosts)):
+            found.append(f"hosts are {self.hosts}; give different numbers, from 0")
         return found + self._mesh_mistakes()
 
     def _mesh_mistakes(self) -> list[str]:
@@ -174,6 +179,7 @@ class Options(TypedDict, total=False):
     local_steps: int
     outer: Literal["average", "nesterov"]
     threads: int | None
+    hosts: tuple[int, ...] | None
 
 
 _AT_LEAST = {

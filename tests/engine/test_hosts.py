@@ -11,6 +11,7 @@ import pytest
 from tricorn.engine.base import Gone
 from tricorn.engine.hosts import KILL_SECONDS, HostsEngine, Placement, on_hosts
 from tricorn.errors import ClusterError, UsageError
+from tricorn.plan import Plan
 from tricorn.testing.clock import VirtualClock
 
 
@@ -66,7 +67,8 @@ class World:
     def start(self, *roles: str) -> None:
         for role in roles:
             self.lives[role] = self.lives.get(role, 0) + 1
-            self.engine.start(SimpleNamespace(role=role, incarnation=self.lives[role], plan=SimpleNamespace(workers=2)))
+            plan = Plan(strategy="ps", workers=2, servers=2)
+            self.engine.start(SimpleNamespace(role=role, incarnation=self.lives[role], plan=plan))
 
     def homes(self) -> list[set[str]]:
         return [set(member.pids) for member in self.members]
@@ -150,9 +152,20 @@ def test_the_job_is_loaded_on_each_host_and_is_the_same_everywhere(world):
 
 
 def test_the_coordinator_never_moves():
-    placement = Placement(2)
+    placement, plan = Placement(2), Plan(strategy="dp", workers=1, hosts=(1,))
     placement.silent("coordinator")
-    assert placement.host("coordinator", workers=1) == 0
+    assert placement.host("coordinator", plan) == 0
+
+
+def test_a_plan_says_on_which_hosts_roles_are():
+    plan, placement = Plan(strategy="ps", workers=3, servers=1, hosts=(3, 1)), Placement(4)
+    roles = ["worker-0", "worker-1", "worker-2", "server-0"]
+    assert [placement.host(role, plan) for role in roles] == [3, 1, 3, 1]
+    placement.silent("worker-1")
+    assert [placement.host(role, plan) for role in roles] == [3, 0, 3, 1]  # on the next that there is
+    placement.lost |= {0, 3}
+    assert [placement.host(role, plan) for role in roles] == [1, 2, 1, 1]
+    assert placement.host("coordinator", plan) == 0
 
 
 def test_no_hosts():

@@ -1,9 +1,14 @@
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tricorn.errors import UsageError
-from tricorn.planner.cluster import here, read
+from tricorn.planner.cluster import Cluster, here, read
+
+from .world import apart
 
 GOOD = """
 [[host]]
@@ -36,6 +41,40 @@ def test_a_file_lists_hosts(tmp_path: Path) -> None:
     assert cluster.hosts[1].bytes_per_second == pytest.approx(12.5e6 / 1.068, rel=1e-3)
     assert cluster.described
     assert cluster.place(5, 2) == ([0, 1, 2, 3, 0], [1, 2])
+
+
+def test_roles_are_placed_on_the_hosts_that_a_plan_names() -> None:
+    cluster = apart(4)
+    assert cluster.place(3, 2, (2, 0)) == ([2, 0, 2], [0, 2])
+    with pytest.raises(ValueError, match="and there are 4"):
+        cluster.place(1, 0, (4,))
+
+
+def test_workers_go_where_computing_is_the_fastest_and_servers_where_links_are() -> None:
+    slow, fast, near = (apart(1, **its).hosts[0] for its in ({"speed": 0.25}, {}, {"speed": 0.25, "mbit": 10_000.0}))
+    assert Cluster(hosts=(fast,) * 3).orders(2, 1) == [None]
+    assert Cluster(hosts=(fast, fast, slow)).orders(2, 0) == [None]
+    assert Cluster(hosts=(slow, fast, fast)).orders(2, 0) == [(1, 2)]
+    assert Cluster(hosts=(slow, fast, fast)).orders(3, 0) == [(1, 2, 0)]
+    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 1) == [(1, 3, 2), (2, 1, 3)]
+    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 0) == [(1, 3), (2, 1)]
+    nearly = msgspec.structs.replace(fast, speed=0.8), fast
+    assert Cluster(hosts=nearly).orders(1, 0) == [(1,)]
+    assert Cluster(hosts=nearly, present=True).orders(1, 0) == [None]  # no faster than from one moment to another
+    assert [Cluster(hosts=(slow, *nearly), present=present).fastest for present in (False, True)] == [1, 2]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(1, 1e5)), min_size=1, max_size=7), st.data())
+def test_orders_are_of_hosts_that_there_are(kinds: list[tuple[float, float]], data: st.DataObject) -> None:
+    cluster = Cluster(hosts=tuple(apart(1, speed=speed, mbit=mbit).hosts[0] for speed, mbit in kinds))
+    workers, servers = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 3))
+    for order in cluster.orders(workers, servers):
+        used = order or range(len(kinds))
+        assert len({*used}) == len(used)
+        assert {*used} <= {*range(len(kinds))}
+        assert len(used) == min(len(kinds), workers + servers) or order is None
+        slowest = min(kinds[host][0] for host in cluster.place(workers, servers, order)[0])
+        assert len(cluster.orders(workers, servers)) > 1 or slowest == sorted(kinds)[-min(workers, len(kinds))][0]
 
 
 @pytest.mark.parametrize(

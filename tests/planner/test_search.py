@@ -101,6 +101,25 @@ def test_a_small_machine_has_plans_too(cores: int) -> None:
     assert max(p.plan.workers for p in found.ranked) == cores
 
 
+def test_a_slow_host_is_left_out_wherever_it_stands() -> None:
+    fast, slow = apart(3).hosts, apart(1, speed=0.05).hosts
+    for job in (profile(elements=20_000, batch=2.0), recommender()):
+        last, first = (planning(job, Cluster(hosts=hosts, described=True)) for hosts in (fast + slow, slow + fast))
+        assert last.chosen is not None
+        assert first.chosen is not None
+        assert first.chosen.seconds == pytest.approx(last.chosen.seconds)
+        assert last.chosen.plan.hosts is None
+        assert 0 not in (first.chosen.plan.hosts or (0,))
+
+
+def test_hosts_that_are_given_stay() -> None:
+    found = planning(profile(batch=2.0), apart(4), {"hosts": (3, 1)})
+    assert {prediction.plan.hosts for prediction in found.ranked} == {(3, 1)}
+    missing = planning(profile(batch=2.0), apart(2), {"hosts": (3, 1)})
+    assert missing.chosen is None
+    assert {each.reason for each in missing.rejected} == {"hosts are (3, 1), counted from 0, and there are 2"}
+
+
 def test_alike_plans_fall_to_the_simplest() -> None:
     found = planning()
     assert found.chosen is not None

@@ -75,6 +75,18 @@ def test_a_run_goes_on_without_a_host_that_freezes_and_one_that_is_cut_off(tmp_p
     assert harness.distance(run.weights("long"), harness.plain("long")) <= 1e-10
 
 
+def test_roles_live_on_the_hosts_that_the_plan_names(tmp_path):
+    plan = Plan(strategy="ps", workers=1, servers=1, threads=1, hosts=(1, 2))
+    with hosts(Host(), Host(), Host()) as (a, b, c), ThreadPoolExecutor(1) as pool:
+        job = (str(harness.JOBS), "long")
+        running = pool.submit(execute, on_hosts(a, b, c), job, plan, Timing(), runs=tmp_path, folder=None)
+        run = harness.Run(None, tmp_path)
+        for role, host in (("coordinator", a), ("worker-0", b), ("server-0", c)):
+            until(lambda role=role, host=host: running.done() or run.pids().get(role) in host.pids())
+            assert not running.done(), running.result()
+        assert running.result(harness.PATIENCE)[0]["exactly_once"]
+
+
 def test_hosts_are_measured_and_plans_tried_on_them_before_one_is_taken(tmp_path, monkeypatch):
     monkeypatch.setenv("TRICORN_CACHE", str(tmp_path / "cache"))
     store.save_links(links())  # as if this machine had been measured

@@ -167,9 +167,10 @@ def encodings(given: Sequence[str]) -> dict[str, object]:
 
 
 def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
-    """The plan with changes. Options that only another strategy has fall away with that strategy, and so do cuts
-    where that has changed which they were found for.
+    """The plan with changes, on this machine, whatever hosts it was for. Options that only another strategy has fall
+    away with that strategy, and so do cuts where that has changed which they were found for.
     """
+    plan = msgspec.structs.replace(plan, hosts=None)
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
         plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads, memory=plan.memory)

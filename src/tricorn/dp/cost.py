@@ -169,6 +169,6 @@ def _memory(plan: Plan, ground: Ground, share: float) -> int:
     kept = (profile.kept_bytes + profile.input_bytes) * share / (plan.microbatches or 1)
     held = resident_bytes(
         plan, profile.weight_bytes, profile.buffer_bytes, profile.slots, largest=profile.largest_bytes, kept=kept,
-        hosts=ground.spread(plan),
+        hosts=ground.spread(plan), encoded=ENCODED[plan.compress],
     )  # fmt: skip
     return int(ground.base("dp") + held)

@@ -55,7 +55,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
     secret: bytes
     launch: str  # tells this launch of the run from earlier ones
     folder: str  # the run's folder, which roles that save must reach
-    threads: int  # of a worker
+    threads: int = 1  # of a worker; where the plan leaves it open, the engine that starts it knows
     plan: Plan
     job: JobFacts
     facts: Facts
@@ -83,11 +83,8 @@ class Engine(Protocol):
         Raises UsageError for a job that cannot be loaded, PlanError for a plan that cannot run it.
         """
 
-    def threads(self, plan: Plan) -> int:
-        """How many compute threads each worker of the plan can have, where the plan leaves it open."""
-
     def start(self, spec: RoleSpec) -> None:
-        """Start a role, with its ``host`` filled in; its end is told by ``gone``."""
+        """Start a role, with its ``host`` and ``threads`` filled in; its end is told by ``gone``."""
 
     def kill(self, role: str, incarnation: int) -> None:
         """End a role at once, whatever state it is in."""

@@ -53,7 +53,8 @@ def on_hosts(*places: Place) -> OnHosts:
 
 
 class Placement:
-    """Which host each role lives on: the workers one after another, then the servers; the coordinator on the first.
+    """Which host each role lives on: by the plan's ``hosts`` the workers one after another, then the servers; the
+    coordinator on the first of all.
 
     A role that fell silent there is better off on the next host, for the fault may be the host's or its link's.
     """
@@ -63,15 +64,16 @@ class Placement:
         self._moves: dict[str, int] = {}
         self.lost = {*lost}
 
-    def host(self, role: str, workers: int) -> int:
+    def host(self, role: str, plan: Plan) -> int:
         """Where the role's next life is. Of the hosts that are not lost, at least one has to be left."""
         if role == "coordinator":
             return 0
         kind, _, index = role.partition("-")
-        first = int(index) + (workers if kind == "server" else 0) + self._moves.get(role, 0)
-        return next(
-            host % self._hosts for host in range(first, first + self._hosts) if host % self._hosts not in self.lost
-        )
+        wanted = plan.hosts or tuple(range(self._hosts))
+        ring = [*wanted, *(host for host in range(self._hosts) if host not in wanted)]
+        first = (int(index) + (plan.workers if kind == "server" else 0)) % len(wanted) + self._moves.get(role, 0)
+        turned = (ring[place % len(ring)] for place in range(first, first + len(ring)))
+        return next(host for host in turned if host not in self.lost)
 
     def silent(self, role: str) -> None:
         """The role had to be ended where it was."""
@@ -113,11 +115,8 @@ class HostsEngine:
                 )
         return facts, coordinator
 
-    def threads(self, plan: Plan) -> int:
-        return min(engine.threads(plan) for engine in self._engines)
-
     def start(self, spec: RoleSpec) -> None:
-        host = self._placement.host(spec.role, spec.plan.workers)
+        host = self._placement.host(spec.role, spec.plan)
         self._homes[spec.role] = host, spec.incarnation
         self._engines[host].start(spec)
 

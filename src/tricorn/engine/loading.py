@@ -97,14 +97,16 @@ def prepare(plan: Plan, precision: str) -> None:
     """Import, and compile, what the roles of a plan will need: forks of this process have it then."""
     for module in (*_FOR_ROLES, *(_FOR_SERVED if plan.served else ())):
         importlib.import_module(module)
-    if plan.strategy != "ps" and plan.workers > 1:
+    if plan.workers > 1 and (plan.strategy != "ps" or plan.local_steps > 1):
         from tricorn.comm import within
 
         within.warm({getattr(torch, precision), torch.float32, torch.float64})
-    if plan.dense == "dp" and plan.workers > 1 and plan.compress != "none":
+    encodings = {plan.compress, *plan.compress_tables.values()} - {"none"}
+    if encodings and (plan.served or plan.workers > 1):
         from tricorn.dp import compress
 
-        compress.warm(plan.compress, torch.float64 if precision == "float64" else torch.float32)
+        for encoding in encodings:
+            compress.warm(encoding, torch.float64 if precision == "float64" else torch.float32)
     if plan.served:
         from tricorn.ps import ring
 

@@ -66,8 +66,13 @@ class LocalEngine:
 
     def begin_load(self, plan: Plan) -> None:
         """Begin to make the job ready; ``loaded`` waits for it."""
+        if plan.hosts and max(plan.hosts) >= self._hosts:
+            there = "is one" if self._hosts == 1 else f"are {self._hosts}"
+            raise PlanError(
+                f"the plan's hosts are {plan.hosts}, and there {there}", remedy="Count them from 0, or leave hosts out."
+            )
         file, name = self._job if isinstance(self._job, tuple) else (None, "")
-        sharing = -(-(plan.workers + plan.servers) // self._hosts)
+        sharing = -(-(plan.workers + plan.servers) // self._spread(plan))
         self._say(Load(file=file, name=name, pickle_fd=self._pickle_fd, plan=plan, sharing=sharing))
 
     def loaded(self) -> tuple[JobFacts, m.Address]:
@@ -81,12 +86,10 @@ class LocalEngine:
         self._cores = answer.cores
         return answer.job, answer.coordinator
 
-    def threads(self, plan: Plan) -> int:
-        return cores.threads(min(self._cores, cores.usable() / self._hosts), -(-plan.workers // self._hosts))
-
     def start(self, spec: RoleSpec) -> None:
         self._lives[spec.role] = spec.incarnation
-        self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host)))
+        threads = spec.plan.threads or self._threads(spec.plan)
+        self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host, threads=threads)))
 
     def kill(self, role: str, incarnation: int) -> None:
         self._say(End(role=role, incarnation=incarnation))
@@ -134,6 +137,15 @@ class LocalEngine:
         if self._pickled:
             self._pickled.close()
         end(self._process, patience)
+
+    def _threads(self, plan: Plan) -> int:
+        """How many compute threads each of its workers here can have."""
+        there = -(-plan.workers // self._spread(plan))
+        return cores.threads(min(self._cores, cores.usable() / self._hosts), there)
+
+    def _spread(self, plan: Plan) -> int:
+        """Over how many hosts its roles are spread."""
+        return len(plan.hosts or range(self._hosts))
 
     def _say(self, message: m.Message) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by the next read

@@ -37,7 +37,7 @@ class Planned:
 
     ground: Ground
     planning: Planning
-    verdicts: Mapping[str, str | None] = field(default_factory=dict)  # plan as JSON -> what its strategy said of it
+    verdicts: Mapping[str, str | None] = field(default_factory=dict)  # question -> what the strategy said of the plan
     key: str = ""  # under which the job's profile is kept
 
     @property

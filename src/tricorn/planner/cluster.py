@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ MOST_HOSTS = 10_000
 # Bytes on the link for each that is sent: Ethernet, IP and TCP add 66 to 1448, and the other way a packet of 66
 # acknowledges two of them.
 FRAMED = (1448 + 66 + 33) / 1448
+ALIKE = 1.7  # times: measured hosts that differ by less may be alike, as cores are now faster and now slower
 _KEYS = (
     "name", "count", "cores", "speed", "memory", "mbit", "latency_ms", "stalls", "stall_times", "failures_per_day",
 )  # fmt: skip
@@ -66,14 +68,53 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     described: bool = False
     present: bool = False
 
-    def place(self, workers: int, servers: int) -> tuple[list[int], list[int]]:
-        """The host of each worker and of each server: workers one after another, then servers, as engines do it."""
-        count = len(self.hosts)
-        return [rank % count for rank in range(workers)], [(workers + index) % count for index in range(servers)]
+    def place(self, workers: int, servers: int, on: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """The host of each worker and of each server: workers one after another, then servers, as engines do it.
+
+        ``on``: as the ``hosts`` of a plan. Raises ValueError for one that there is not.
+        """
+        ring = on or range(len(self.hosts))
+        if max(ring) >= len(self.hosts):
+            raise ValueError(f"hosts are {tuple(ring)}, counted from 0, and there are {len(self.hosts)}")
+        where = [ring[place % len(ring)] for place in range(workers + servers)]
+        return where[:workers], where[workers:]
+
+    def orders(self, workers: int, servers: int) -> list[tuple[int, ...] | None]:
+        """On which hosts so many roles could well be placed: workers on the fastest and servers where links are, or all
+        where links are the fastest.
+
+        None are the hosts as they come. Of those that are alike the first are taken.
+        """
+        power, links = self._power, self._alike([host.bytes_per_second for host in self.hosts])
+        fast = sorted(range(len(power)), key=lambda host: (power[host], links[host]))[:workers]
+        near = sorted(range(len(power)), key=lambda host: (links[host], power[host]))
+        working = {*fast}
+        apart = [*fast, *(host for host in near if host not in working)]
+        found = [tuple(hosts[: workers + servers]) for hosts in (apart, near)]
+        return [*dict.fromkeys(None if hosts == (*range(len(hosts)),) else hosts for hosts in found)]
+
+    @property
+    def fastest(self) -> int:
+        """How many hosts compute as fast as the fastest."""
+        return self._power.count(0)
 
     @property
     def cores(self) -> float:
         return sum(host.cores for host in self.hosts)
+
+    @property
+    def _power(self) -> list[int]:
+        return self._alike([host.speed * host.cores for host in self.hosts])
+
+    def _alike(self, values: Sequence[float]) -> list[int]:
+        """Of each host's value the number of those that are alike: 0 for the largest, and all that may be as large."""
+        times = ALIKE if self.present else 1.0
+        found, number, largest = [0] * len(values), 0, max(values)
+        for index in sorted(range(len(values)), key=lambda index: -values[index]):
+            if values[index] * times < largest:
+                number, largest = number + 1, values[index]
+            found[index] = number
+        return found
 
 
 def here() -> Cluster:

@@ -140,7 +140,8 @@ def _own(plan: Plan) -> str:
 
 def _keys(plan: Plan, ground: Ground) -> dict[str, str]:
     """Under what each term is kept: its kind, and after the last slash what it is of."""
-    workers, threads = ground.places(plan)[0].count(0), ground.threads(plan, 0)
+    hosts = ground.places(plan)[0]
+    workers, threads = hosts.count(hosts[0]), ground.threads(plan, hosts[0])
     rows = "rows " if plan.served and ground.profile.tables else ""
     size = f"{plan.workers} {plan.servers} {plan.replicas} {plan.tensor} {plan.schedule} {plan.microbatches}"
     return {COMPUTE: f"compute/{rows}{workers}x{threads}", DATA: "data/", EXCHANGE: f"exchange/{way(plan)}/{size}"}

@@ -18,6 +18,7 @@ _NAMED = (
     "zero", "compress", "compress_tables", "local_steps", "balance", "sparse_consistency", "embeddings", "replicas",
     "tensor", "schedule", "microbatches",
 )  # fmt: skip
+MOST_NAMED = 6  # hosts
 SHOWN = 0.02  # of a step: terms below are not worth a word
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -50,6 +51,8 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     if chosen.plan.cuts:
         begin = [f"{ground.profile.layers[cut].name!r}" for cut in chosen.plan.cuts]
         said.append(f"The model is cut before {', '.join(begin)}.")
+    if chosen.plan.hosts:
+        said.append(_homes(chosen.plan, ground))
     role, most = chosen.fullest
     memory = min(host.memory for host in ground.cluster.hosts)
     said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")
@@ -73,6 +76,18 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     for reason, count in Counter(rejected.reason for rejected in planning.rejected).most_common(3):
         said.append(f"{count} plan{'s are' if count > 1 else ' is'} out of the question: {reason.rstrip('.')}.")
     return said
+
+
+def _homes(plan: Plan, ground: Ground) -> str:
+    """Which hosts its roles are on."""
+    where = dict(zip(("Workers", "servers"), ground.places(plan), strict=True))
+    said = []
+    for roles, hosts in where.items():
+        names = [*dict.fromkeys(f"{ground.host(host).name!r}" for host in hosts)]
+        rest = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+        if names:
+            said.append(f"{roles} are on {_listed([*names[:MOST_NAMED], *rest])}")
+    return f"{', '.join(said)}."
 
 
 def disturbed(busy: float) -> list[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+import msgspec
+
 from tricorn.plan import Plan
 from tricorn.planner.cluster import Cluster, Host
 from tricorn.planner.correct import Seen
@@ -46,7 +48,10 @@ class Ground:
     cluster: Cluster
     seen: Seen = field(default_factory=dict)
     # Thousands of workers are asked for one by one, and are of a few kinds.
-    _placed: dict[tuple[int, int], Placed] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _placed: dict[object, Placed] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _orders: dict[tuple[int, int], list[tuple[int, ...] | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _computing: dict[object, tuple[float, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -65,6 +70,13 @@ class Ground:
         """The host of each worker and of each server."""
         placed = self._place(plan)
         return placed.workers, placed.servers
+
+    def placed(self, plan: Plan) -> list[Plan]:
+        """The plan on all hosts on which its roles could well be."""
+        key = plan.workers, plan.servers
+        if key not in self._orders:
+            self._orders[key] = self.cluster.orders(*key)
+        return [msgspec.structs.replace(plan, hosts=hosts) for hosts in self._orders[key]]
 
     def spread(self, plan: Plan) -> int:
         """On how many hosts the workers are."""
@@ -99,11 +111,11 @@ class Ground:
 
     def threads(self, plan: Plan, host: int) -> int:
         """Of each worker on that host, as engines have it: all as many as where there are most."""
-        there = -(-plan.workers // len(self.cluster.hosts))
+        there = -(-plan.workers // len(plan.hosts or self.cluster.hosts))
         return plan.threads or cores.threads(self.cluster.hosts[host].cores, there)
 
     def _place(self, plan: Plan) -> Placed:
-        key = plan.workers, plan.servers
+        key = plan.workers, plan.servers, plan.hosts
         if key not in self._placed:
             workers, servers = self.cluster.place(*key)
             self._placed[key] = Placed(workers, servers, Counter(workers))
@@ -167,7 +179,7 @@ class Ground:
             for host, count in Counter(servers).items()
         )
 
-    def updating(self, plan: Plan, n: float, host: int = 0) -> float:
+    def updating(self, plan: Plan, n: float, host: int) -> float:
         """Seconds to update n bytes of parameters in a worker on that host."""
         there = self._place(plan).working[host]
         return self.profile.updating(there, self.threads(plan, host), n) * self.slowness(host, there)

@@ -12,7 +12,7 @@ from tricorn.plan import Plan
 from tricorn.planner.correct import Run, learned, uncut
 from tricorn.planner.ground import Ground
 from tricorn.planner.prediction import Prediction
-from tricorn.planner.search import predicted, search
+from tricorn.planner.search import predicted, question, search
 
 FEWEST_STEPS, FEWEST_SECONDS = 40, 3.0  # before which a run has not said enough
 CLEARLY = 0.9  # of what a step takes: the other plan's whole interval must lie below
@@ -24,7 +24,7 @@ KEPT = ("memory", "threads")  # fields of a plan that are not the planner's to c
 class Outlook:
     """What a run's plan was predicted to cost, and on what ground.
 
-    ``verdicts``: plan as JSON -> why it cannot run. ``key``: under which the job's profile is kept.
+    ``verdicts``: question -> why the plan cannot run. ``key``: under which the job's profile is kept.
     """
 
     prediction: Prediction
@@ -42,7 +42,7 @@ class Outlook:
 
     def why_not(self, plans: Sequence[Plan]) -> list[str | None]:
         """What is known of each plan; what is not known is no rival."""
-        return [self.verdicts.get(msgspec.json.encode(plan).decode(), "it was never asked") for plan in plans]
+        return [self.verdicts.get(question(plan), "it was never asked") for plan in plans]
 
     def after(self, measured: Mapping[str, float], steps: float) -> Ground:
         """The ground with what the run has measured of its own plan."""

@@ -41,6 +41,11 @@ def exact(plan: Plan) -> bool:
     return plan.synchronous and fresh and whole and plan.local_steps == 1
 
 
+def question(plan: Plan) -> str:
+    """Whether it can run is kept under this: the plan as JSON, wherever it is placed."""
+    return msgspec.json.encode(msgspec.structs.replace(plan, hosts=None)).decode()
+
+
 def search(ground: Ground, why_not: WhyNot, given: Mapping[str, object], *, approximate: bool) -> Planning:
     """Predict every candidate and rank them. ``given`` fields of the plan are as they are given.
 
@@ -93,11 +98,14 @@ def candidates(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
     for proposed in _proposed(ground, given):
         if any(getattr(proposed, field) != given[field] for field in ("strategy", "workers") if field in given):
             continue
-        plan = msgspec.structs.replace(proposed, **given)
-        name = msgspec.json.encode(plan)
-        if name not in seen and not plan.mistakes():
-            seen.add(name)
-            yield plan
+        settled = msgspec.structs.replace(proposed, **given)
+        if settled.mistakes():
+            continue
+        for plan in [settled] if "hosts" in given else ground.placed(settled):
+            name = msgspec.json.encode(plan)
+            if name not in seen:
+                seen.add(name)
+                yield plan
 
 
 def _proposed(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
@@ -118,15 +126,15 @@ def _counts(ground: Ground, given: Mapping[str, object]) -> list[int]:
     small = set(range(1, min(most, 4) + 1))
     powers = {1 << power for power in range(most.bit_length()) if 1 << power <= most}
     spared = {hosts - servers for servers in (1, 2) if hosts - servers > 1}  # hosts that are left to servers
-    return sorted(small | powers | spared | {hosts, most})
+    return sorted(small | powers | spared | {hosts, most, ground.cluster.fastest})
 
 
 def _kind(plan: Plan) -> object:
-    """Plans of one kind differ only in the number of servers, or in microbatches and the order of their work.
+    """Plans of one kind differ only in the number of servers, in hosts, or in microbatches and the order of their work.
 
     One microbatch is a kind of its own: some models can only be trained so.
     """
-    plain = msgspec.structs.replace(plan, servers=min(plan.servers, 1))
+    plain = msgspec.structs.replace(plan, servers=min(plan.servers, 1), hosts=None)
     if plan.dense == "mp" and (plan.microbatches or 1) > 1:
         plain = msgspec.structs.replace(plain, microbatches=2, schedule=None, chunks=None)
     return plain

@@ -24,13 +24,13 @@ from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
 from tricorn.state import cores
 
-FORMAT = 8  # of what is kept; what another one wrote is not read
+FORMAT = 9  # of what is kept; what another one wrote is not read
 
 T = TypeVar("T")
 
 
 class KeptProfile(msgspec.Struct, frozen=True):
-    """A profile, the digests of the files it depends on, and what strategies said of plans (JSON -> why not).
+    """A profile, the digests of the files it depends on, and what strategies said of plans (question -> why not).
 
     ``seen``: what runs have taught since (planner/correct.py).
     """

@@ -25,6 +25,7 @@ from tricorn.planner import load, orders, store
 from tricorn.planner.correct import Seen
 from tricorn.planner.links import Links
 from tricorn.planner.profile import Profile
+from tricorn.planner.search import question
 from tricorn.state import cores
 
 M = TypeVar("M", bound=m.Message)
@@ -107,7 +108,7 @@ class Survey:
 
     @property
     def verdicts(self) -> dict[str, str | None]:
-        """What ``why_not`` has found of plans (JSON), now and before."""
+        """What ``why_not`` has found of plans (by their ``question``), now and before."""
         return self._kept.verdicts if self._kept is not None else {}
 
     def known(self) -> Profile | None:
@@ -119,13 +120,13 @@ class Survey:
         self.profile()
         kept = self._kept
         assert kept is not None
-        names = [msgspec.json.encode(plan).decode() for plan in plans]
-        missing = [plan for plan, name in zip(plans, names, strict=True) if name not in kept.verdicts]
+        names = [question(plan) for plan in plans]
+        missing = {name: plan for plan, name in zip(plans, names, strict=True) if name not in kept.verdicts}
         if missing:
             self._told(f"asking which of {len(missing)} plans can run the job")
             self._load()
-            judged = self._ask(orders.Judge(plans=missing), orders.Judged).why_not
-            found = {msgspec.json.encode(plan).decode(): why for plan, why in zip(missing, judged, strict=True)}
+            judged = self._ask(orders.Judge(plans=[*missing.values()]), orders.Judged).why_not
+            found = dict(zip(missing, judged, strict=True))
             kept = msgspec.structs.replace(kept, verdicts=kept.verdicts | found)
             self._keep(kept)
         return [kept.verdicts[name] for name in names]

@@ -16,8 +16,8 @@ from tricorn.planner.ground import ENCODED, combined
 from tricorn.planner.parts import LOCAL_PENALTY, Parts, Served, stalls_of, stretched, waiting
 from tricorn.planner.prediction import COMPUTE, DATA, EXCHANGE, IDLE, UPDATE, WIRE, Prediction
 from tricorn.planner.traffic import Traffic
+from tricorn.ps.footprint import server_bytes, worker_bytes
 from tricorn.ps.placement import place
-from tricorn.state.footprint import peak_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -268,20 +268,14 @@ def _shares(shapes: tuple[tuple[int, ...], ...], servers: int) -> tuple[float, .
 
 
 def _memory(plan: Plan, ground: Ground, amounts: Amounts) -> dict[str, int]:
-    """Peak resident bytes of a worker and of a server.
-
-    A worker has the weights, those that come next, and gradients; from several servers weights come into memory of
-    their own. A server has its part of the state, what each worker sends of a step, and, as each of several servers,
-    what each worker has still to read; tables are copied to be saved as the dense part is.
-    """
-    profile, s, n = ground.profile, plan.servers, amounts.dense
-    largest = min(profile.largest_bytes, n)
-    activations = (profile.kept_bytes + profile.input_bytes) * amounts.samples + 4 * amounts.rows
-    here = (3 if s == 1 else 4) * n + profile.buffer_bytes
-    worker = ground.base("ps") + peak_bytes(here, 2 * largest + activations, 0, largest)
+    """Peak resident bytes of a worker and of a server."""
+    profile, n, (workers, servers) = ground.profile, amounts.dense, ground.places(plan)
+    worker = worker_bytes(
+        plan, n, profile.buffer_bytes, profile.slots, largest=min(profile.largest_bytes, n),
+        passing=(profile.kept_bytes + profile.input_bytes) * amounts.samples + 4 * amounts.rows,
+        encoded=ENCODED[plan.compress],
+    )  # fmt: skip
     rows = sum(table.rows * (table.dim * (1 + profile.slots) * profile.element_bytes + SLOT_BYTES)
                for table in profile.tables)  # fmt: skip
-    sums = plan.workers if plan.synchronous else 1
-    state, reading = n * (1 + profile.slots) + rows, n * sums if s > 1 else 0
-    server = ground.base("ps", "server") + peak_bytes((state + reading) / s, n * sums / s, state / s, 0)
-    return {"worker": int(worker), "server": int(server)}
+    server = server_bytes(plan, n, profile.slots, rows, beside=max(map(workers.count, {*servers})))
+    return {"worker": int(ground.base("ps") + worker), "server": int(ground.base("ps", "server") + server)}
