@@ -230,7 +230,7 @@ def launcher_of(
     def spec(role: str, incarnation: int) -> RoleSpec:
         return RoleSpec(
             role=role, incarnation=incarnation, coordinator=coordinator, secret=secret, folder=str(folder.resolve()),
-            launch=launch, plan=plan, job=job, facts=facts, timing=timing,
+            launch=launch, threads=plan.threads, plan=plan, job=job, facts=facts, timing=timing,
         )  # fmt: skip
 
     def note_pids(pids: dict[str, int]) -> None:

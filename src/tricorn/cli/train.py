@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -170,7 +171,9 @@ def replanned(plan: Plan, changes: Mapping[str, object]) -> Plan:
     """The plan with changes, on this machine, whatever hosts it was for. Options that only another strategy has fall
     away with that strategy, and so do cuts where that has changed which they were found for.
     """
-    plan = msgspec.structs.replace(plan, hosts=None)
+    if plan.hosts:
+        print(f"the plan's hosts {plan.hosts} are left out: this machine trains it", file=sys.stderr)
+        plan = msgspec.structs.replace(plan, hosts=None)
     strategy = changes.get("strategy", plan.strategy)
     if strategy != plan.strategy:
         plan = Plan(strategy=plan.strategy, workers=plan.workers, threads=plan.threads, memory=plan.memory)

@@ -60,6 +60,8 @@ def resident_bytes(
         # Of a part in turn what is to be encoded, the sum, and what comes; twice what is sent and received, and as much
         # where processes of one host see it. The largest magnitudes are looked for in a copy.
         encoding = largest * (3 / p + 6 * encoded + (1 if plan.compress == "topk" else 0))
-        stays = largest / p < KEPT
-        held, passing = held + encoding * stays, passing + encoding * (not stays)
+        if largest / p < KEPT:
+            held += encoding  # which stays with the process
+        else:
+            passing += encoding
     return peak_bytes(held + others, passing + kept, saved, largest)

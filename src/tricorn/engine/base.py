@@ -55,7 +55,7 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
     secret: bytes
     launch: str  # tells this launch of the run from earlier ones
     folder: str  # the run's folder, which roles that save must reach
-    threads: int = 1  # of a worker; where the plan leaves it open, the engine that starts it knows
+    threads: int | None = None  # of a worker; where the plan leaves it open, the engine that starts it knows
     plan: Plan
     job: JobFacts
     facts: Facts

@@ -88,7 +88,7 @@ class LocalEngine:
 
     def start(self, spec: RoleSpec) -> None:
         self._lives[spec.role] = spec.incarnation
-        threads = spec.plan.threads or self._threads(spec.plan)
+        threads = spec.threads or self._threads(spec.plan)
         self._say(Spawn(spec=msgspec.structs.replace(spec, host=self.host, threads=threads)))
 
     def kill(self, role: str, incarnation: int) -> None:

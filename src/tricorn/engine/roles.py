@@ -52,7 +52,7 @@ def work(spec: RoleSpec, job: Job) -> int:
     from tricorn.worker.loop import Orders
     from tricorn.worker.synchronous import SynchronousLoop
 
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(spec.threads or 1)
     rank = rank_of(spec.role)
     listener = PeerListener(spec.secret, spec.host)
     orders = Orders(listener.announce)

@@ -68,30 +68,42 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     described: bool = False
     present: bool = False
 
-    def place(self, workers: int, servers: int, on: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    def place(
+        self, workers: int, servers: int, hosts: Sequence[int] | None = None
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
         """The host of each worker and of each server: workers one after another, then servers, as engines do it.
 
-        ``on``: as the ``hosts`` of a plan. Raises ValueError for one that there is not.
+        ``hosts``: as those of a plan. Raises ValueError for one that there is not.
         """
-        ring = on or range(len(self.hosts))
+        ring = hosts or range(len(self.hosts))
         if max(ring) >= len(self.hosts):
             raise ValueError(f"hosts are {tuple(ring)}, counted from 0, and there are {len(self.hosts)}")
         where = [ring[place % len(ring)] for place in range(workers + servers)]
         return where[:workers], where[workers:]
 
     def orders(self, workers: int, servers: int) -> list[tuple[int, ...] | None]:
-        """On which hosts so many roles could well be placed: workers on the fastest and servers where links are, or all
-        where links are the fastest.
+        """On which hosts so many roles could well be placed: on the most powerful, on those with the fastest cores, the
+        fastest links or the most memory, or with the fastest links for servers alone.
 
-        None are the hosts as they come. Of those that are alike the first are taken.
+        The last, None, is the hosts as they come. Of those that are alike the first are taken.
         """
         power, links = self._power, self._alike([host.bytes_per_second for host in self.hosts])
-        fast = sorted(range(len(power)), key=lambda host: (power[host], links[host]))[:workers]
-        near = sorted(range(len(power)), key=lambda host: (links[host], power[host]))
-        working = {*fast}
-        apart = [*fast, *(host for host in near if host not in working)]
-        found = [tuple(hosts[: workers + servers]) for hosts in (apart, near)]
-        return [*dict.fromkeys(None if hosts == (*range(len(hosts)),) else hosts for hosts in found)]
+        speed = self._alike([host.speed for host in self.hosts])
+        memory = self._alike([float(host.memory) for host in self.hosts])
+
+        if not any(map(max, (power, links, speed, memory))):
+            return [None]
+
+        def by(*traits: Sequence[int]) -> list[int]:
+            return sorted(range(len(self.hosts)), key=lambda host: [trait[host] for trait in traits])
+
+        found = [by(power, links), by(speed, power, links), by(links, power), by(memory, power, links)]
+        if servers and max(links):
+            near = dict.fromkeys(by(links, power)[:servers])
+            others = [host for host in found[0] if host not in near]
+            found.append([*others[:workers], *near, *others[workers:]])
+        used = [tuple(order[: workers + servers]) for order in found]
+        return [*dict.fromkeys(hosts for hosts in used if hosts != (*range(len(hosts)),)), None]
 
     @property
     def fastest(self) -> int:

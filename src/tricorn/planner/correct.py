@@ -144,7 +144,12 @@ def _keys(plan: Plan, ground: Ground) -> dict[str, str]:
     workers, threads = hosts.count(hosts[0]), ground.threads(plan, hosts[0])
     rows = "rows " if plan.served and ground.profile.tables else ""
     size = f"{plan.workers} {plan.servers} {plan.replicas} {plan.tensor} {plan.schedule} {plan.microbatches}"
-    return {COMPUTE: f"compute/{rows}{workers}x{threads}", DATA: "data/", EXCHANGE: f"exchange/{way(plan)}/{size}"}
+    where = f" on {hosts[0]}" if hosts[0] and ground.unlike else ""
+    return {
+        COMPUTE: f"compute/{rows}{workers}x{threads}{where}",
+        DATA: "data/",
+        EXCHANGE: f"exchange/{way(plan)}/{size}",
+    }
 
 
 def way(plan: Plan) -> str:

@@ -34,6 +34,8 @@ def named(plan: Plan) -> str:
         value = getattr(plan, field)
         if value != getattr(Plan(strategy=plan.strategy), field):
             parts.append(field.replace("_", " ") if value is True else f"{field.replace('_', ' ')} {value}")
+    if plan.hosts:
+        parts.append(f"on hosts {' '.join(map(str, plan.hosts[:MOST_NAMED]))}{' ...' * (len(plan.hosts) > MOST_NAMED)}")
     return ", ".join(parts)
 
 
@@ -54,7 +56,7 @@ def explain(planning: Planning, ground: Ground) -> list[str]:
     if chosen.plan.hosts:
         said.append(_homes(chosen.plan, ground))
     role, most = chosen.fullest
-    memory = min(host.memory for host in ground.cluster.hosts)
+    memory = min(ground.host(host).memory for hosts in ground.places(chosen.plan) for host in hosts)
     said.append(f"The fullest role ({role}) needs {size(most)} of the {size(memory)} that a machine has.")
     idle, more = _idle(ground, chosen.plan), _busier(planning, chosen, ground)
     said += [_beside(chosen, other) for other in _others(planning, chosen) if other is not more]

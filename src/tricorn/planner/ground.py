@@ -49,6 +49,7 @@ class Ground:
     seen: Seen = field(default_factory=dict)
     # Thousands of workers are asked for one by one, and are of a few kinds.
     _placed: dict[object, Placed] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _latest: list[tuple[Plan, Placed]] = field(default_factory=list, init=False, repr=False, compare=False)
     _orders: dict[tuple[int, int], list[tuple[int, ...] | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -71,8 +72,8 @@ class Ground:
         placed = self._place(plan)
         return placed.workers, placed.servers
 
-    def placed(self, plan: Plan) -> list[Plan]:
-        """The plan on all hosts on which its roles could well be."""
+    def placements(self, plan: Plan) -> list[Plan]:
+        """The plan once for each choice of hosts that is worth a thought."""
         key = plan.workers, plan.servers
         if key not in self._orders:
             self._orders[key] = self.cluster.orders(*key)
@@ -81,6 +82,11 @@ class Ground:
     def spread(self, plan: Plan) -> int:
         """On how many hosts the workers are."""
         return len(self._place(plan).working)
+
+    def apart(self, plan: Plan) -> bool:
+        """Whether its roles are on several hosts."""
+        placed = self._place(plan)
+        return len({*placed.working, *placed.servers}) > 1
 
     def hosts(self, plan: Plan) -> list[int]:
         """One of each kind of hosts that workers of the plan are on."""
@@ -115,10 +121,14 @@ class Ground:
         return plan.threads or cores.threads(self.cluster.hosts[host].cores, there)
 
     def _place(self, plan: Plan) -> Placed:
+        for known, placed in self._latest:  # asked for each worker, and many hosts take long to be looked up by
+            if known is plan:
+                return placed
         key = plan.workers, plan.servers, plan.hosts
         if key not in self._placed:
             workers, servers = self.cluster.place(*key)
             self._placed[key] = Placed(workers, servers, Counter(workers))
+        self._latest[:] = [(plan, self._placed[key])]
         return self._placed[key]
 
     def computing(self, plan: Plan, samples: float, *, served: bool = False) -> tuple[list[float], float]:
@@ -137,10 +147,9 @@ class Ground:
         self, host: int, plan: Plan, samples: float, *, served: bool = False, direct: bool = False
     ) -> tuple[float, float]:
         """The same of one worker on that host. ``direct``: as of ``Profile.computing``."""
-        there = self._place(plan).working[host]
-        key = self.kind(host), there, plan.threads, samples, served, direct
+        there, threads = self._place(plan).working[host], self.threads(plan, host)
+        key = self.kind(host), there, threads, samples, served, direct
         if key not in self._computing:
-            threads = self.threads(plan, host)
             crowd = min(there, max(1, int(self.cluster.hosts[host].cores))) if self.cluster.described else there
             seconds, scatter = self.profile.computing(crowd, threads, samples, served=served, direct=direct)
             self._computing[key] = seconds * self.slowness(host, there), scatter

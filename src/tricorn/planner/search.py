@@ -101,7 +101,7 @@ def candidates(ground: Ground, given: Mapping[str, object]) -> Iterator[Plan]:
         settled = msgspec.structs.replace(proposed, **given)
         if settled.mistakes():
             continue
-        for plan in [settled] if "hosts" in given else ground.placed(settled):
+        for plan in [settled] if "hosts" in given else ground.placements(settled):
             name = msgspec.json.encode(plan)
             if name not in seen:
                 seen.add(name)

@@ -113,7 +113,7 @@ def _parts(plan: Plan, ground: Ground) -> tuple[Parts, float]:
     m, way = plan.workers, "ps" if plan.synchronous else "asp"
     taken, scatter = ground.computing(plan, amounts.samples, served=True)
     workers, servers = ground.places(plan)
-    apart = len(ground.cluster.hosts) > 1
+    apart = ground.apart(plan)
     alone, _ = _exchange(way, plan, ground, 1, amounts)
     together, moved = _exchange(way, plan, ground, m, amounts)
     updating = ground.profile.updating(1, 1, amounts.dense / plan.servers)  # each its part, with one thread
@@ -216,7 +216,7 @@ def _exchange(way: str, plan: Plan, ground: Ground, m: int, amounts: Amounts) ->
         # Those that may be older are read while the step before is computed.
         dense += rows / 2 if plan.sparse_consistency in ("ssp", "asp") else rows
         scatter = max(scatter, scattered)
-    if len(ground.cluster.hosts) > 1:  # over connections, and not through shared memory
+    if ground.apart(plan):  # over connections, and not through shared memory
         dense += links.seconds("tcp/send", 2, n + row_bytes) - links.seconds("shared/send", 2, n + row_bytes)
     coding = sum(ground.coding(how, each) for how, each in amounts.gradients) / 2  # weights come as they are
     return max(dense, 1e-6) + coding, scatter
@@ -230,7 +230,7 @@ def _served(plan: Plan, ground: Ground, size: float, busy: float) -> Served:
     workers, servers = ground.places(plan)
     working, serving = Counter(workers), Counter(servers)
     fullest = Served(link=0.0, own=0.0, latency=0.0, remote=0, busy=busy)
-    if len(ground.cluster.hosts) == 1:
+    if not ground.apart(plan):
         return fullest
     for host, count in serving.items():
         link = size * count / plan.servers / ground.host(host).bytes_per_second
@@ -277,5 +277,5 @@ def _memory(plan: Plan, ground: Ground, amounts: Amounts) -> dict[str, int]:
     )  # fmt: skip
     rows = sum(table.rows * (table.dim * (1 + profile.slots) * profile.element_bytes + SLOT_BYTES)
                for table in profile.tables)  # fmt: skip
-    server = server_bytes(plan, n, profile.slots, rows, beside=max(map(workers.count, {*servers})))
+    server = server_bytes(plan, n, profile.slots, rows, beside=workers.count(servers[0]))
     return {"worker": int(ground.base("ps") + worker), "server": int(ground.base("ps", "server") + server)}
