@@ -35,7 +35,8 @@ def named(plan: Plan) -> str:
         if value != getattr(Plan(strategy=plan.strategy), field):
             parts.append(field.replace("_", " ") if value is True else f"{field.replace('_', ' ')} {value}")
     if plan.hosts:
-        parts.append(f"on hosts {' '.join(map(str, plan.hosts[:MOST_NAMED]))}{' ...' * (len(plan.hosts) > MOST_NAMED)}")
+        more = " ..." * (len(plan.hosts) > MOST_NAMED)
+        parts.append(f"on host{'s' * (len(plan.hosts) > 1)} {' '.join(map(str, plan.hosts[:MOST_NAMED]))}{more}")
     return ", ".join(parts)
 
 
