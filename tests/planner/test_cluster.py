@@ -54,16 +54,16 @@ def test_workers_go_where_computing_is_the_fastest_and_servers_where_links_are()
     slow, fast, near = (apart(1, **its).hosts[0] for its in ({"speed": 0.25}, {}, {"speed": 0.25, "mbit": 10_000.0}))
     assert Cluster(hosts=(fast,) * 3).orders(2, 1) == [None]
     assert Cluster(hosts=(fast, fast, slow)).orders(2, 0) == [None]
-    assert Cluster(hosts=(slow, fast, fast)).orders(2, 0) == [(1, 2), None]
-    assert Cluster(hosts=(slow, fast, fast)).orders(3, 0) == [(1, 2, 0), None]
-    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 1) == [(1, 3, 2), (2, 1, 3), None]
-    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 0) == [(1, 3), (2, 1), None]
+    assert Cluster(hosts=(slow, fast, fast)).orders(2, 0) == [None, (1, 2)]
+    assert Cluster(hosts=(slow, fast, fast)).orders(3, 0) == [None, (1, 2, 0)]
+    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 1) == [None, (1, 3, 2), (2, 1, 3)]
+    assert Cluster(hosts=(slow, fast, near, fast)).orders(2, 0) == [None, (1, 3), (2, 1)]
     linked = msgspec.structs.replace(fast, mbit=10_000.0)
     assert (1, 2, 0) in Cluster(hosts=(linked, fast, fast)).orders(2, 1)  # the server where the link is
     large = msgspec.structs.replace(slow, memory=64 * GB)
     assert (1,) in Cluster(hosts=(fast, large)).orders(1, 0)
     nearly = msgspec.structs.replace(fast, speed=0.8), fast
-    assert Cluster(hosts=nearly).orders(1, 0) == [(1,), None]
+    assert Cluster(hosts=nearly).orders(1, 0) == [None, (1,)]
     assert Cluster(hosts=nearly, present=True).orders(1, 0) == [None]  # no faster than from one moment to another
     assert [Cluster(hosts=(slow, *nearly), present=present).fastest for present in (False, True)] == [1, 2]
 

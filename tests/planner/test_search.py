@@ -69,7 +69,7 @@ def test_a_model_that_fits_nowhere_whole_is_spread() -> None:
     assert found.chosen.plan.zero >= 1 or found.chosen.plan.strategy == "mp"
     reasons = {r.plan: r.reason for r in found.rejected}
     assert "needs" in reasons[Plan(strategy="dp", workers=4)]
-    assert "GB of memory on h0, which has 5 GB" in reasons[Plan(strategy="dp", workers=4)]
+    assert "GB of memory, and a tenth to spare, on h0, which has 5 GB" in reasons[Plan(strategy="dp", workers=4)]
 
 
 def test_a_bound_on_memory_is_kept() -> None:
@@ -110,6 +110,25 @@ def test_a_slow_host_is_left_out_wherever_it_stands() -> None:
         assert first.chosen.seconds == pytest.approx(last.chosen.seconds)
         assert last.chosen.plan.hosts is None
         assert 0 not in (first.chosen.plan.hosts or (0,))
+
+
+def test_workers_of_a_cluster_may_share_a_host_with_cores_for_them() -> None:
+    job, slow = profile(elements=2_000_000, batch=2.0), {"cores": 2, "mbit": 10.0}
+    found = planning(job, apart(3, **slow), {"strategy": "dp", "workers": 2})
+    assert found.chosen is not None
+    assert found.chosen.plan.hosts == (0,)
+
+
+def test_hosts_with_more_cores_are_no_slower() -> None:
+    taken = []
+    for cores in (1, 2, 4, 8, 64):
+        found = planning(profile(batch=2.0), apart(1, cores=float(cores)), {"strategy": "dp", "workers": cores})
+        alone = planning(profile(batch=2.0), apart(1, cores=float(cores)), {"strategy": "dp", "workers": 1})
+        assert found.chosen is not None
+        assert alone.chosen is not None
+        taken.append((found.chosen.terms["compute"], alone.chosen.terms["compute"]))
+    assert [*zip(*taken, strict=True)] == [tuple(sorted(each, reverse=True)) for each in zip(*taken, strict=True)]
+    assert any("hosts of up to 64 cores, of which 4 were measured" in note for note in found.chosen.notes)
 
 
 def test_hosts_that_are_given_stay() -> None:

@@ -92,6 +92,7 @@ def as_json(found: Any) -> dict[str, Any]:
         "rejected": found.rejected,
         "reasons": found.reasons,
         "steps_per_epoch": found.ground.profile.steps,
+        "hosts": [host.name for host in found.ground.cluster.hosts],
     }
 
 

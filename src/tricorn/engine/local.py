@@ -67,7 +67,7 @@ class LocalEngine:
     def begin_load(self, plan: Plan) -> None:
         """Begin to make the job ready; ``loaded`` waits for it."""
         if plan.hosts and max(plan.hosts) >= self._hosts:
-            there = "is one" if self._hosts == 1 else f"are {self._hosts}"
+            there = "is one host" if self._hosts == 1 else f"are {self._hosts} hosts"
             raise PlanError(
                 f"the plan's hosts are {plan.hosts}, and there {there}", remedy="Count them from 0, or leave hosts out."
             )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,17 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
     def orders(self, workers: int, servers: int) -> list[tuple[int, ...] | None]:
         """On which hosts so many roles could well be placed: on the most powerful, on those with the fastest cores, the
-        fastest links or the most memory, or with the fastest links for servers alone.
+        fastest links or the most memory, or with the fastest links for servers alone; or on as few of the most powerful
+        as have a core for each.
 
-        The last, None, is the hosts as they come. Of those that are alike the first are taken.
+        The first, None, is all hosts as they come. Of those that are alike the first are taken.
         """
         power, links = self._power, self._alike([host.bytes_per_second for host in self.hosts])
         speed = self._alike([host.speed for host in self.hosts])
         memory = self._alike([float(host.memory) for host in self.hosts])
 
-        if not any(map(max, (power, links, speed, memory))):
+        cores = [max(1, int(host.cores)) for host in self.hosts]
+        if max(cores) == 1 and not any(map(max, (power, links, speed, memory))):
             return [None]
 
         def by(*traits: Sequence[int]) -> list[int]:
@@ -102,8 +105,13 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             near = dict.fromkeys(by(links, power)[:servers])
             others = [host for host in found[0] if host not in near]
             found.append([*others[:workers], *near, *others[workers:]])
-        used = [tuple(order[: workers + servers]) for order in found]
-        return [*dict.fromkeys(hosts for hosts in used if hosts != (*range(len(hosts)),)), None]
+        roles = workers + servers
+        used = [tuple(order[:roles]) for order in found]
+        spread = [hosts for hosts in used if hosts != (*range(len(hosts)),)]
+        room = accumulate(cores[host] for host in found[0])
+        few = next((count for count, cores in enumerate(room, 1) if cores >= roles), len(self.hosts))
+        packed = [tuple(found[0][:few])] if few < min(roles, len(self.hosts)) else []
+        return [*dict.fromkeys([None, *spread, *packed])]
 
     @property
     def fastest(self) -> int:

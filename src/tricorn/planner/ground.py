@@ -150,8 +150,8 @@ class Ground:
         there, threads = self._place(plan).working[host], self.threads(plan, host)
         key = self.kind(host), there, threads, samples, served, direct
         if key not in self._computing:
-            crowd = min(there, max(1, int(self.cluster.hosts[host].cores))) if self.cluster.described else there
-            seconds, scatter = self.profile.computing(crowd, threads, samples, served=served, direct=direct)
+            crowd = self._crowd(host, there, threads)
+            seconds, scatter = self.profile.computing(*crowd, samples, served=served, direct=direct)
             self._computing[key] = seconds * self.slowness(host, there), scatter
         return self._computing[key]
 
@@ -191,7 +191,18 @@ class Ground:
     def updating(self, plan: Plan, n: float, host: int) -> float:
         """Seconds to update n bytes of parameters in a worker on that host."""
         there = self._place(plan).working[host]
-        return self.profile.updating(there, self.threads(plan, host), n) * self.slowness(host, there)
+        crowd = self._crowd(host, there, self.threads(plan, host))
+        return self.profile.updating(*crowd, n) * self.slowness(host, there)
+
+    def _crowd(self, host: int, working: int, threads: int) -> tuple[int, int]:
+        """How many workers at once here, with how many threads each, are like so many on that host.
+
+        Those of a described host have its own cores: more than this machine has are like all that it has.
+        """
+        if not self.cluster.described:
+            return working, threads
+        threads = min(threads, self.links.cores)
+        return max(1, min(working, int(self.cluster.hosts[host].cores), self.links.cores // threads)), threads
 
     def coding(self, how: str, n: float) -> float:
         """Seconds to encode and decode n bytes of a gradient that workers sum."""
@@ -238,6 +249,8 @@ class Ground:
             found.append(f"{n / 1e6:,.0f} MB to exchange, of which a smaller amount was measured")
         if self.profile.device != "cpu":
             found.append(f"exchanging from {self.profile.device}")
+        if self.cluster.described and (most := max(host.cores for host in self.cluster.hosts)) > self.links.cores:
+            found.append(f"hosts of up to {most:g} cores, of which {self.links.cores} were measured")
         if self.cluster.described and not self.cluster.present:
             found.append("links between hosts, and speeds, that the cluster file states")
         return tuple(found)

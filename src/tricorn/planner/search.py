@@ -158,7 +158,8 @@ def _lack(prediction: Prediction, ground: Ground) -> str | None:
     for host, size in needed.items():
         its = ground.host(host)
         if not fits(size, its.memory):
-            return f"needs {size / 1e9:.3g} GB of memory on {its.name}, which has {its.memory / 1e9:.3g} GB"
+            has = f"on {its.name}, which has {its.memory / 1e9:.3g} GB"
+            return f"needs {size / 1e9:.3g} GB of memory, and a tenth to spare, {has}"
     limit = prediction.plan.memory
     role, most = prediction.fullest
     if limit is not None and not fits(most, limit):
