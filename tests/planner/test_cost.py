@@ -65,6 +65,24 @@ def test_a_slow_link_takes_the_time_that_its_bytes_need() -> None:
     assert fast.terms["wire"] < slow.terms["wire"] / 50
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(strategy="dp", workers=2), Plan(strategy="dp", workers=2, zero=3),
+        Plan(strategy="dp", workers=2, embeddings="rows"), Plan(strategy="ps", workers=2, servers=1),
+        Plan(strategy="ps", workers=2, servers=1, consistency="asp"), Plan(strategy="mp", workers=2, microbatches=2),
+        Plan(strategy="ps+dp", workers=2, servers=1), Plan(strategy="ps+mp", workers=2, servers=1, microbatches=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_roles_that_share_one_of_several_hosts_cost_what_they_do_where_there_is_no_other(plan: Plan) -> None:
+    one, three = (cost(each, job=recommender(), cluster=apart(count, cores=4.0, mbit=10.0))
+                  for each, count in ((plan, 1), (replace(plan, hosts=(2,)), 3)))  # fmt: skip
+    assert three.terms == one.terms
+    assert not any(three.links.values())
+    assert three.memory == one.memory
+
+
 def test_hosts_that_stand_still_by_turns_hide_less_of_what_travels() -> None:
     plan = Plan(strategy="dp", workers=3)
     whole, parts = (cost(plan, cluster=apart(3, cores=cores)).terms for cores in (1.0, 0.5))

@@ -97,7 +97,7 @@ class _Rows:
             return self._seconds("spread", m, self.bytes * (1 + m * max(self._held)) / 2) * slow
         together = self._seconds("served", m, self.bytes)
         alone = min(together, self._seconds("served", 1, self.bytes / m))
-        if len(ground.cluster.hosts) == 1:
+        if not ground.apart(self._plan):
             return together * slow
         # What others add is that the servers have more to do.
         awake = ground.awake(self._holders, ground.places(self._plan)[0])
